@@ -1,0 +1,434 @@
+"""Masked operators: every sample of a batch through the mask its index names, over one shared weight, with autograd.
+
+    y[b] = op(x[b], m[index[b]] ⊙ θ) + bias
+
+Here stand the checks, the choice of a backend and the derivative; backends/reference.py holds the mathematics. Where no
+gradient is needed the raw operator is called directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import shapes
+from .backends import reference
+from .masks import MaskBank
+from .routing import Route
+
+__all__ = ["Explanation", "explain", "masked_conv2d", "masked_conv_transpose2d", "masked_linear"]
+
+# In order of preference: "auto" takes the first that supports the call. The reference supports everything.
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (reference,)}
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+IntPair = int | Sequence[int]
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """y[b] = x[b] @ (weight ⊙ m[index[b]]).T + bias, as `torch.nn.functional.linear` with a mask for every sample.
+
+    Args:
+        x: (B, ..., I) in float32, float16, bfloat16 or float64.
+        weight: (O, I) shared by all masks, or (K, O, I), one for each (untied).
+        bank: K masks over (O, I).
+        route: built for the B samples and K masks.
+        bias: (O,), or (K, O) for untied weights.
+        backend: "auto", or the name of one; a named backend that cannot run the call is an error.
+
+    Returns:
+        (B, ..., O) in x's dtype; (K, B, ..., O) for `Route.every`. Sums are made in float32 for half precision.
+
+    Raises:
+        TypeError: an argument of another type, or a dtype that is not x's.
+        ValueError: shapes, devices or masks that do not fit; index −1 with untied weights (CPU); an unknown backend.
+        RuntimeError: a second derivative is asked for.
+    """
+    return _as_given(linear_rows(x, weight, bank, route, bias, backend=backend), route)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bank: MaskBank,
+    route: Route,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair | Sequence[Sequence[int]] = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """y[b] = x[b] ∗ (weight ⊙ m[index[b]]) + bias, as `torch.nn.functional.conv2d` with a mask for every sample.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (O, C / groups, kh, kw) shared, or (K, O, C / groups, kh, kw) untied.
+        bank: K masks over (O, C / groups, kh, kw).
+        stride, dilation: an int or (height, width).
+        padding: an int, (height, width), ((top, bottom), (left, right)), "valid", or "same" (stride 1).
+        groups: divides C and O.
+
+    `route`, `bias`, `backend`, dtypes, result and errors as for `masked_linear`.
+    """
+    y = conv2d_rows(x, weight, bank, route, bias, stride, padding, dilation, groups, backend=backend)
+    return _as_given(y, route)
+
+
+def masked_conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    bank: MaskBank,
+    route: Route,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    output_padding: IntPair = 0,
+    groups: int = 1,
+    dilation: IntPair = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """As `torch.nn.functional.conv_transpose2d` with a mask for every sample.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, O / groups, kh, kw) shared, or (K, C, O / groups, kh, kw) untied.
+        bank: K masks over (C, O / groups, kh, kw).
+        output_padding: smaller than stride or dilation.
+
+    The other arguments, dtypes, result and errors as for `masked_conv2d`; padding as an int or (height, width).
+    """
+    y = conv_transpose2d_rows(
+        x, weight, bank, route, bias, stride, padding, output_padding, groups, dilation, backend=backend
+    )
+    return _as_given(y, route)
+
+
+def _as_given(y: Tensor, route: Route) -> Tensor:
+    """The operators put every row back in its sample's place themselves; every-mask rows get their own dimension."""
+    return y.unflatten(0, (route.num_masks, route.batch)) if route.all_masks else y
+
+
+# ---- the same, giving rows: what modules use between a wrapper's sorting and restoring
+
+
+def linear_rows(
+    x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """`masked_linear` giving (rows, ..., O): what a wrapped model's layers hand to one another."""
+    x, weight, bias = _autocast(x, weight, bias)
+    repeat = _check("masked_linear", x, weight, bank, route, bias, 2, weight.shape[-2])
+    if x.dim() < 2 or x.shape[-1] != bank.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ..., {bank.shape[1]})")
+    return _run("masked_linear", x, weight, bank, route, bias, repeat, (), backend)
+
+
+def conv2d_rows(
+    x: Tensor,
+    weight: Tensor,
+    bank: MaskBank,
+    route: Route,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair | Sequence[Sequence[int]] = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """`masked_conv2d` giving (rows, O, H', W')."""
+    x, weight, bias = _autocast(x, weight, bias)
+    out_channels, in_channels, *kernel = bank.shape if len(bank.shape) == 4 else (0, 0, 0, 0)
+    repeat = _check("masked_conv2d", x, weight, bank, route, bias, 4, out_channels)
+    _check_channels(x, in_channels * groups, groups, out_channels)
+    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    sides = _sides(padding, kernel, strides, dilations)
+    if min(shapes.conv_size(x.shape[2:], kernel, strides, sides, dilations)) < 1:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, which with padding {padding} is smaller than the kernel {tuple(kernel)} "
+            f"with dilation {dilation}"
+        )
+    return _run("masked_conv2d", x, weight, bank, route, bias, repeat, (strides, sides, dilations, groups), backend)
+
+
+def conv_transpose2d_rows(
+    x: Tensor,
+    weight: Tensor,
+    bank: MaskBank,
+    route: Route,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    output_padding: IntPair = 0,
+    groups: int = 1,
+    dilation: IntPair = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """`masked_conv_transpose2d` giving (rows, O, H', W')."""
+    x, weight, bias = _autocast(x, weight, bias)
+    in_channels, out_channels, *_ = bank.shape if len(bank.shape) == 4 else (0, 0, 0, 0)
+    repeat = _check("masked_conv_transpose2d", x, weight, bank, route, bias, 4, out_channels * groups)
+    _check_channels(x, in_channels, groups, in_channels)
+    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    pads, extra = _pair("padding", padding, 0), _pair("output_padding", output_padding, 0)
+    if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+        raise ValueError(
+            f"output_padding is {output_padding}, expected less than stride ({stride}) or dilation ({dilation})"
+        )
+    geometry = (strides, pads, extra, groups, dilations)
+    if min(shapes.conv_transpose_size(x.shape[2:], bank.shape[2:], *geometry)) < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, which with padding {padding} leaves nothing of the output")
+    return _run("masked_conv_transpose2d", x, weight, bank, route, bias, repeat, geometry, backend)
+
+
+# ---- which backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call runs on, and why each one preferred to it was refused."""
+
+    backend: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        reasons = "".join(f"\n  not {name}: {reason}" for name, reason in self.refused.items())
+        return f"runs on {self.backend}{reasons}"
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend `function(*args, **kwargs)` runs on and why the others were refused; runs nothing.
+
+    Args:
+        function: masked_linear, masked_conv2d or masked_conv_transpose2d; the rest as for the call.
+
+    Raises:
+        ValueError: another function, or a named backend that does not exist or cannot run the call.
+    """
+    if function not in (masked_linear, masked_conv2d, masked_conv_transpose2d):
+        raise ValueError(f"function is {function!r}, expected one of the masked operators of rtl_kernels")
+    x, weight = args[0] if args else kwargs["x"], args[1] if len(args) > 1 else kwargs["weight"]
+    return _choose(function.__name__, x, weight, kwargs.get("backend", "auto"))
+
+
+def _choose(operation: str, x: Tensor, weight: Tensor, backend: str) -> Explanation:
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}, expected one of {['auto', *BACKENDS]}")
+        reason = BACKENDS[backend].supports(operation, x, weight)
+        if reason is not None:
+            raise ValueError(f"backend is {backend!r}, which cannot run this {operation}: {reason}")
+        return Explanation(backend, {})
+    refused: dict[str, str] = {}
+    for name, module in BACKENDS.items():
+        reason = module.supports(operation, x, weight)
+        if reason is None:
+            return Explanation(name, refused)
+        refused[name] = reason
+    raise AssertionError("the reference backend supports every call")
+
+
+# ---- checks
+
+
+def _check(
+    operation: str,
+    x: Tensor,
+    weight: Tensor,
+    bank: MaskBank,
+    route: Route,
+    bias: Tensor | None,
+    dims: int,
+    out_channels: int,
+) -> int:
+    """Everything the operations have in common; returns how often x is repeated."""
+    if not isinstance(bank, MaskBank):
+        raise TypeError(f"bank is a {type(bank).__name__}, expected a MaskBank")
+    if not isinstance(route, Route):
+        raise TypeError(f"route is a {type(route).__name__}, expected a Route (Route.build(index, num_masks))")
+    if len(bank.shape) != dims:
+        raise ValueError(f"bank is of weights of shape {tuple(bank.shape)}, expected {dims} dimensions")
+    untied = weight.dim() == dims + 1
+    if weight.shape != (bank.num_masks, *bank.shape) if untied else weight.shape != bank.shape:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, but the bank's masks are of {tuple(bank.shape)}: expected that, "
+            f"or ({bank.num_masks}, ...) before it for untied weights"
+        )
+    if route.num_masks != bank.num_masks:
+        raise ValueError(f"route is for {route.num_masks} masks, but the bank holds {bank.num_masks}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}, expected one of {', '.join(str(d) for d in _DTYPES)}")
+    if bias is not None:
+        expected = (bank.num_masks, out_channels) if untied else (out_channels,)
+        if bias.shape != expected:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {expected}")
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bias has dtype {bias.dtype}, expected x's, {x.dtype}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected x's, {x.dtype}")
+    for name, tensor in (("weight", weight), ("bank", bank.words), ("route", route.offsets), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected x's device, {x.device}")
+    return route.repeat_for(x)
+
+
+def _check_channels(x: Tensor, in_channels: int, groups: int, divided: int) -> None:
+    if groups < 1 or divided % groups:
+        raise ValueError(f"groups is {groups}, expected a divisor of the weight's leading dimension {divided}")
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {in_channels}, height, width)")
+
+
+def _pair(name: str, value: IntPair, least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name} is {value}, expected one or two integers >= {least}")
+    return pair
+
+
+def _sides(
+    padding: str | IntPair | Sequence[Sequence[int]], kernel: Sequence[int], stride: list[int], dilation: list[int]
+) -> list[int]:
+    """padding in any of its forms -> [top, bottom, left, right]."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        if padding != "same":
+            raise ValueError(f"padding is {padding!r}, expected 'same', 'valid' or integers")
+        if stride != [1, 1]:
+            raise ValueError(f"padding is 'same' with stride {stride}, expected stride 1")
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [side for t in total for side in (t // 2, t - t // 2)]
+    sides = [padding, padding] if isinstance(padding, int) else list(padding)
+    flat = [s for side in sides for s in ((side, side) if isinstance(side, int) else tuple(side))]
+    if len(sides) != 2 or len(flat) != 4 or min(flat) < 0:
+        raise ValueError(
+            f"padding is {padding}, expected an integer >= 0, (height, width) or ((top, bottom), (left, right))"
+        )
+    return flat
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under `torch.autocast`, cast as `F.linear` and `F.conv2d` do: all but float64 to the autocast dtype."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
+# ---- the derivative
+
+
+def _run(
+    operation: str,
+    x: Tensor,
+    weight: Tensor,
+    bank: MaskBank,
+    route: Route,
+    bias: Tensor | None,
+    repeat: int,
+    geometry: tuple[Any, ...],
+    backend: str,
+) -> Tensor:
+    name = _choose(operation, x, weight, backend).backend
+    if _needs_gradient(x, weight, bias):
+        y: Tensor = _Masked.apply(
+            x, weight, bias, bank.words, route.offsets, route.order, repeat, f"{operation}_{name}", geometry
+        )
+        return y
+    operator = getattr(torch.ops.rtl_kernels, f"{operation}_{name}").default
+    result: Tensor = operator(x, weight, bank.words, route.offsets, route.order, repeat, bias, *geometry)
+    return result
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    # A tensor inside torch.func's transforms need not say that it requires a gradient.
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _Masked(torch.autograd.Function):
+    """Any of the masked operations; `operator` is the raw operator's name, to which `_grad_...` is inserted."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        words: Tensor,
+        offsets: Tensor,
+        order: Tensor | None,
+        repeat: int,
+        operator: str,
+        geometry: tuple[Any, ...],
+    ) -> Tensor:
+        return _operator(operator, "")(x, weight, words, offsets, order, repeat, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, words, offsets, order, ctx.repeat, ctx.operator, ctx.geometry = inputs
+        ctx.save_for_backward(x, weight, words, offsets, order)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, words, offsets, order = ctx.saved_tensors
+        dx = dw = db = None
+        groups = (words, offsets, order, ctx.repeat)
+        if ctx.needs_input_grad[0]:
+            size = () if ctx.operator.startswith("masked_linear") else (x.shape,)
+            dx = _operator(ctx.operator, "_grad_input")(dy, weight, *groups, *size, *ctx.geometry)
+            dx = _once(dx, dy, x, weight)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            bias = bool(ctx.has_bias and ctx.needs_input_grad[2])
+            dw, db = _operator(ctx.operator, "_grad_weight")(dy, x, *groups, weight.shape, bias, *ctx.geometry)
+            dw = _once(dw, dy, x, weight)
+            db = _once(db, dy, x, weight) if bias else None
+        return dx, dw, db, None, None, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A first derivative, which depends on the tensors behind it but refuses to be differentiated itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("second derivatives of the masked operators are not implemented: differentiate once")
+
+
+def _once(gradient: Tensor, *depends_on: Tensor) -> Tensor:
+    # Gradients are enabled in a backward pass only if a second derivative may follow.
+    return _Once.apply(gradient, *depends_on) if torch.is_grad_enabled() else gradient
+
+
+def _operator(name: str, gradient: str) -> Any:
+    operation, _, backend = name.rpartition("_")
+    return getattr(torch.ops.rtl_kernels, f"{operation}{gradient}_{backend}").default

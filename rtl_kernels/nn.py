@@ -1,0 +1,559 @@
+"""Modules: drop-in twins of linear and convolution layers with K masks, and the conversion of whole models.
+
+A converted model is called through its wrapper, `RoutedModel`, which sorts the batch by mask once and gives every
+masked module the same sorted `Route` for the pass. Masked modules and batch norms called on their own take the route as
+a second argument, and then give and take rows in the order of the samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from . import functional
+from .functional import _needs_gradient
+from .masks import MaskBank
+from .routing import Route
+
+__all__ = [
+    "MaskedConv2d",
+    "MaskedConvTranspose2d",
+    "MaskedLinear",
+    "RoutedModel",
+    "SubsetBatchNorm2d",
+    "convert",
+    "extract",
+    "untie",
+]
+
+Scope = Callable[[str, nn.Module], bool] | Sequence[str] | None
+
+
+class _Pass:
+    """What the modules of one converted model share: the route of the forward pass that is running."""
+
+    def __init__(self) -> None:
+        self.route: Route | None = None
+        # Which groups took part since the last optimiser step, bool (K + 1,), −1 first; kept if an optimiser asks.
+        self.recording = False
+        self.present: Tensor | None = None
+
+    def record(self, route: Route) -> None:
+        if self.recording and torch.is_grad_enabled():
+            self.present = route.present if self.present is None else self.present | route.present
+
+
+class _Routed:
+    """A module that finds the route of the running pass; mixed in before its `nn.Module` class."""
+
+    num_masks: int
+    _pass: _Pass | None
+
+    def _route(self, route: Route | None) -> Route:
+        if route is None and self._pass is not None:
+            route = self._pass.route
+        if route is None:
+            raise ValueError(
+                f"{type(self).__name__} was called without a route: call the model through the wrapper that "
+                "rtl_kernels.nn.convert returned, or pass a Route"
+            )
+        return route
+
+
+class _Masked(_Routed):
+    """What the three masked layers share: the buffer of mask bits and its bank.
+
+    The buffer `mask_words` is part of the state dict; a state dict without it (a dense model's) loads as all ones.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    mask_words: Tensor
+    backend: str
+
+    def _init_masks(self, num_masks: int) -> None:
+        self.num_masks = num_masks
+        self.backend = "auto"
+        self._pass = None
+        ones = MaskBank.ones(num_masks, self.weight.shape, self.weight.device)
+        self._mask_shape = ones.shape
+        cast(nn.Module, self).register_buffer("mask_words", ones.words)
+
+    @property
+    def untied(self) -> bool:
+        """Whether every ticket has a weight of its own: (K, ...) instead of (...)."""
+        return self.weight.dim() > len(self._mask_shape)
+
+    @property
+    def bank(self) -> MaskBank:
+        """The layer's masks. Assign a bank of as many masks over the same weight to replace them."""
+        return MaskBank(self.mask_words, self._mask_shape)
+
+    @bank.setter
+    def bank(self, bank: MaskBank) -> None:
+        if not isinstance(bank, MaskBank):
+            raise TypeError(f"bank is a {type(bank).__name__}, expected a MaskBank")
+        if bank.shape != self._mask_shape or bank.num_masks != self.num_masks:
+            raise ValueError(
+                f"bank is {bank.num_masks} masks of {tuple(bank.shape)}, but the layer has {self.num_masks} masks of "
+                f"{tuple(self._mask_shape)}"
+            )
+        self.mask_words = bank.words.to(self.mask_words.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "mask_words" not in state_dict:
+            ones = MaskBank.ones(self.num_masks, self._mask_shape)
+            state_dict[prefix + "mask_words"] = ones.words
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()  # type: ignore[misc]
+        return f"{text}, num_masks={self.num_masks}" + (", untied" if self.untied else "")
+
+
+class MaskedLinear(_Masked, nn.Linear):
+    """`nn.Linear` with K masks over its weight; see `functional.masked_linear` for shapes, dtypes and errors."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, num_masks: int, **factory: Any
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, **factory)
+        self._init_masks(num_masks)
+
+    def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
+        return functional.linear_rows(x, self.weight, self.bank, self._route(route), self.bias, backend=self.backend)
+
+
+class MaskedConv2d(_Masked, nn.Conv2d):
+    """`nn.Conv2d` with K masks over its weight; see `functional.masked_conv2d` for shapes, dtypes and errors."""
+
+    def __init__(self, *args: Any, num_masks: int, **kwargs: Any) -> None:
+        nn.Conv2d.__init__(self, *args, **kwargs)
+        self._init_masks(num_masks)
+
+    def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return functional.conv2d_rows(
+            x,
+            self.weight,
+            self.bank,
+            self._route(route),
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            backend=self.backend,
+        )
+
+
+class MaskedConvTranspose2d(_Masked, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with K masks over its weight; see `functional.masked_conv_transpose2d`."""
+
+    def __init__(self, *args: Any, num_masks: int, **kwargs: Any) -> None:
+        nn.ConvTranspose2d.__init__(self, *args, **kwargs)
+        self._init_masks(num_masks)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, route: Route | None = None, output_size: list[int] | None = None
+    ) -> Tensor:
+        extra = self._output_padding(
+            x, output_size, list(self.stride), list(self.padding), list(self.kernel_size), 2, list(self.dilation)
+        )
+        return functional.conv_transpose2d_rows(
+            x,
+            self.weight,
+            self.bank,
+            self._route(route),
+            self.bias,
+            self.stride,
+            cast(Any, self.padding),
+            extra,
+            self.groups,
+            self.dilation,
+            backend=self.backend,
+        )
+
+
+class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
+    """Batch norm that keeps statistics per ticket inside a mixed batch: one mixed pass equals K separate passes.
+
+    Args:
+        num_features: channels C.
+        num_masks: K.
+        per_ticket: statistics (K, C) per ticket; index −1 is refused. Otherwise one set (C,) for the whole batch, as
+            `nn.BatchNorm2d`.
+        affine_per_ticket: scale and shift (K, C) too (only with per_ticket).
+        eps, momentum, affine, track_running_stats: as for `nn.BatchNorm2d`. A momentum of None averages over all
+            batches, each ticket counting those it had samples in.
+
+    A dense layer's state dict loads into one that is per ticket: every ticket starts with a copy.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_masks: int,
+        *,
+        per_ticket: bool = True,
+        affine_per_ticket: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        nn.BatchNorm2d.__init__(self, num_features, **kwargs)
+        self._init_subsets(num_masks, per_ticket, affine_per_ticket)
+
+    def _init_subsets(self, num_masks: int, per_ticket: bool, affine_per_ticket: bool) -> None:
+        if affine_per_ticket and not per_ticket:
+            raise ValueError("affine_per_ticket is True with per_ticket=False: expected per_ticket=True")
+        self.num_masks = num_masks
+        self.per_ticket = per_ticket
+        self.affine_per_ticket = affine_per_ticket
+        self._pass = None
+        if per_ticket:
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                buffer = getattr(self, name)
+                if buffer is not None:
+                    setattr(self, name, _replicate(buffer, num_masks))
+        if affine_per_ticket:
+            self._replicate_affine()
+
+    def _replicate_affine(self) -> None:
+        for name in ("weight", "bias"):
+            parameter = getattr(self, name)
+            if parameter is not None:
+                setattr(self, name, nn.Parameter(_replicate(parameter.detach(), self.num_masks)))
+
+    def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
+        """x (rows, C, H, W) -> the same shape. Called with a route of its own, x is in the order of the samples."""
+        if not self.per_ticket:
+            return super().forward(x)
+        self._check_input_dim(x)
+        route = self._route(route)
+        if route.repeat_for(x) > 1:
+            x = x.repeat(route.num_masks, 1, 1, 1)
+        y = self._forward_rows(route.arrange(x), route)
+        return y if route.all_masks else route.restore(y)
+
+    def _forward_rows(self, x: Tensor, route: Route) -> Tensor:
+        if self.training or self.running_mean is None or self.running_var is None:
+            y, mean, variance = _batch_norm(x, self.weight, self.bias, route.offsets, self.eps)
+            if self.training and self.running_mean is not None:
+                self._track(mean, variance, route.present[1:])
+            return y
+        # With fixed statistics a batch norm is a scale and a shift for each ticket and channel.
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        ticket = torch.ops.rtl_kernels.refuse_dense(route.index, route.offsets, "per-ticket batch norm")
+        scale, shift = (p.index_select(0, ticket)[:, :, None, None].to(x.dtype) for p in (scale, shift))
+        return torch.addcmul(shift, x, scale)
+
+    def _track(self, mean: Tensor, variance: Tensor, present: Tensor) -> None:
+        """running ← (1 − momentum) · running + momentum · batch, for the tickets that had samples."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        with torch.no_grad():
+            self.num_batches_tracked += present
+            if self.momentum is None:
+                momentum = 1 / self.num_batches_tracked.clamp(min=1).to(mean.dtype).unsqueeze(1)
+            else:
+                momentum = torch.full_like(mean[:, :1], self.momentum)
+            for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
+                updated = momentum * batch + (1 - momentum) * running
+                running.copy_(torch.where(present[:, None], updated, running))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
+            ours, theirs = getattr(self, name), state_dict.get(prefix + name)
+            if ours is not None and theirs is not None and theirs.dim() == ours.dim() - 1:
+                state_dict[prefix + name] = _replicate(theirs, self.num_masks)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_masks={self.num_masks}, per_ticket={self.per_ticket}" + (
+            ", affine_per_ticket=True" if self.affine_per_ticket else ""
+        )
+
+
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise every group with its own statistics: y, and per group mean and unbiased variance (K, C)."""
+    if _needs_gradient(x, weight, bias):
+        y, mean, variance, _ = _SubsetBatchNorm.apply(x, weight, bias, offsets, eps)
+    else:
+        y, mean, variance, _ = torch.ops.rtl_kernels.subset_batch_norm_reference(x, weight, bias, offsets, eps)
+    return y, mean, variance
+
+
+class _SubsetBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float) -> Any:
+        return torch.ops.rtl_kernels.subset_batch_norm_reference(x, weight, bias, offsets, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, offsets, ctx.eps = inputs
+        _, mean, variance, inverse_std = output
+        ctx.mark_non_differentiable(mean, variance, inverse_std)
+        ctx.save_for_backward(x, weight, offsets, mean, inverse_std)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, offsets, mean, inverse_std = ctx.saved_tensors
+        dx, dw, db = torch.ops.rtl_kernels.subset_batch_norm_grad_reference(
+            dy, x, weight, offsets, mean, inverse_std, ctx.eps
+        )
+        return (dx, None, None, None, None) if weight is None else (dx, dw, db, None, None)
+
+
+class RoutedModel(nn.Module):
+    """A converted model: `net(x, index)` sends sample b through mask index[b]. Made by `convert`.
+
+    `net.model` is the converted model itself; its parameters keep their names, so a dense state dict loads into it.
+    """
+
+    def __init__(self, model: nn.Module, num_masks: int) -> None:
+        super().__init__()
+        self.model = model
+        self.num_masks = num_masks
+        self._pass = _Pass()
+        for module in model.modules():
+            if isinstance(module, _Routed):
+                module._pass = self._pass
+
+    def forward(self, x: Tensor, index: Tensor | Sequence[int] | Route, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with a mask for every sample.
+
+        Args:
+            x: (B, ...), the model's first argument; the others are passed on as they are.
+            index: integers (B,) in −1..K−1 (−1: no mask), or a Route, such as `Route.every(K, B)`.
+
+        Returns:
+            What the model returns, dimension 0 of every tensor with a row for each sample back in the samples' order;
+            (K, B, ...) for `Route.every`.
+
+        Raises:
+            ValueError: the index is not for this batch or this number of masks; see also `Route.build`.
+        """
+        route = index if isinstance(index, Route) else Route.build(_on(index, x.device), self.num_masks)
+        if route.num_masks != self.num_masks:
+            raise ValueError(f"index is a route for {route.num_masks} masks, but the model has {self.num_masks}")
+        if x.dim() == 0 or x.shape[0] != route.batch:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but index is for {route.batch} samples")
+        self._pass.record(route)
+        self._pass.route = route.sorted()
+        try:
+            y = self.model(route.arrange(x), *args, **kwargs)
+        finally:
+            self._pass.route = None
+        rows = route.rows
+
+        def restore(leaf: Any) -> Any:
+            return route.restore(leaf) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows else leaf
+
+        return pytree.tree_map(restore, y)
+
+    def masked_modules(self) -> dict[str, _Masked]:
+        """The masked layers by their names in `net.model`, in its order."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, _Masked)}
+
+    @property
+    def banks(self) -> dict[str, MaskBank]:
+        """Every masked layer's bank by name. Assign a mapping of the same names to replace them all."""
+        return {name: module.bank for name, module in self.masked_modules().items()}
+
+    @banks.setter
+    def banks(self, banks: dict[str, MaskBank]) -> None:
+        modules = self.masked_modules()
+        if banks.keys() != modules.keys():
+            raise ValueError(
+                f"banks names the layers {sorted(banks)}, but the model's masked layers are {sorted(modules)}"
+            )
+        for name, module in modules.items():
+            module.bank = banks[name]
+
+
+_TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: MaskedLinear,
+    nn.Conv2d: MaskedConv2d,
+    nn.ConvTranspose2d: MaskedConvTranspose2d,
+}
+_DENSE = {twin: dense for dense, twin in _TWINS.items()}
+
+
+def convert(
+    model: nn.Module,
+    num_masks: int,
+    scope: Scope = None,
+    batch_norm: str = "shared",
+    *,
+    affine_per_ticket: bool = False,
+) -> RoutedModel:
+    """Give a model's linear and convolution layers K masks each, in place, all bits one, and return its wrapper.
+
+    The layers stay the objects they were (parameters, names, hooks, optimisers that hold their parameters): only their
+    class changes, to the masked twin.
+
+    Args:
+        model: any module. `nn.Linear`, `nn.Conv2d` and `nn.ConvTranspose2d` themselves are converted, not subclasses.
+        num_masks: K.
+        scope: which layers: a predicate (name, module) over `model.named_modules()`, or globs of names; None: all.
+        batch_norm: "shared" or "per_ticket": how each `nn.BatchNorm2d` keeps statistics (`SubsetBatchNorm2d`).
+        affine_per_ticket: with "per_ticket", scale and shift per ticket too.
+
+    Raises:
+        ValueError: nothing to mask is in scope, a glob matches no layer, a layer is masked already, or has
+            parametrisations or a shape not yet known; batch_norm is neither.
+    """
+    if num_masks < 1:
+        raise ValueError(f"num_masks is {num_masks}, expected at least 1")
+    if batch_norm not in ("shared", "per_ticket"):
+        raise ValueError(f"batch_norm is {batch_norm!r}, expected 'shared' or 'per_ticket'")
+    if affine_per_ticket and batch_norm != "per_ticket":
+        raise ValueError("affine_per_ticket is True with batch_norm='shared', expected 'per_ticket'")
+    if isinstance(model, RoutedModel) or any(isinstance(m, _Routed) for m in model.modules()):
+        raise ValueError("model is converted already, expected a dense one")
+    targets = dict(_in_scope(model, scope))
+    if not targets:
+        raise ValueError("scope holds no nn.Linear, nn.Conv2d or nn.ConvTranspose2d of the model: nothing to mask")
+    norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+    for name, module in model.named_modules():
+        if batch_norm == "per_ticket" and isinstance(module, nn.modules.batchnorm._NormBase) and module not in norms:
+            raise ValueError(
+                f"batch_norm is 'per_ticket', but {name} is a {type(module).__name__}, expected BatchNorm2d"
+            )
+    for name, module in targets.items():
+        _refuse_unknown(name, module)
+    for module in targets.values():
+        _mask(module, num_masks)
+    for norm in norms:
+        norm.__class__ = SubsetBatchNorm2d
+        cast(SubsetBatchNorm2d, norm)._init_subsets(num_masks, batch_norm == "per_ticket", affine_per_ticket)
+    return RoutedModel(model, num_masks)
+
+
+def untie(net: RoutedModel) -> RoutedModel:
+    """Give every ticket a copy of EVERY parameter, in place: one batched loop then equals K separate trainings.
+
+    Masked layers' weights become (K, ...); linear and convolution layers without masks get all-one masks first; batch
+    norms keep statistics, scale and shift per ticket. Optimisers must be made afterwards.
+
+    Raises:
+        ValueError: the model has parameters in a module it does not know how to replicate, or is untied already.
+    """
+    known = (_Masked, SubsetBatchNorm2d)
+    for name, module in net.model.named_modules():
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        if own and not isinstance(module, known) and type(module) not in _TWINS:
+            raise ValueError(f"{name or 'model'} is a {type(module).__name__} with parameters {own}: cannot be untied")
+        if parametrize.is_parametrized(module):
+            raise ValueError(f"{name} has parametrisations: cannot be untied")
+        if isinstance(module, _Masked) and module.untied:
+            raise ValueError(f"{name} is untied already")
+    for module in net.model.modules():
+        if type(module) in _TWINS:
+            _mask(module, net.num_masks)
+            cast(_Masked, module)._pass = net._pass
+        if isinstance(module, _Masked):
+            for key in ("weight", "bias"):
+                parameter = getattr(module, key)
+                if parameter is not None:
+                    setattr(module, key, nn.Parameter(_replicate(parameter.detach(), net.num_masks)))
+        elif isinstance(module, SubsetBatchNorm2d):
+            if module.affine_per_ticket:
+                continue
+            if module.per_ticket:
+                module._replicate_affine()
+                module.affine_per_ticket = True
+            else:
+                module._init_subsets(net.num_masks, True, True)
+                module._pass = net._pass
+    return net
+
+
+def extract(net: RoutedModel, ticket: int) -> nn.Module:
+    """Ticket `ticket` alone: a plain dense copy of the model, its weights equal to the ticket's bit for bit.
+
+    Masked layers become dense ones that hold m_k ⊙ θ (or m_k ⊙ θ_k), batch norms `nn.BatchNorm2d` with the ticket's
+    statistics. The wrapper is left as it is.
+
+    Raises:
+        IndexError: unless 0 <= ticket < K.
+    """
+    if not 0 <= ticket < net.num_masks:
+        raise IndexError(f"ticket is {ticket}, but there are {net.num_masks} (0..{net.num_masks - 1})")
+    model = copy.deepcopy(net).model
+    for module in model.modules():
+        if isinstance(module, _Masked):
+            weight, bias, mask = module.weight, module.bias, module.bank.dense(ticket)
+            if module.untied:
+                weight, bias = weight[ticket], None if bias is None else bias[ticket]
+            masked = torch.where(mask, weight.detach(), 0)
+            layer = cast(nn.Module, module)
+            for attribute in ("num_masks", "backend", "_pass", "_mask_shape"):
+                delattr(layer, attribute)
+            del layer._buffers["mask_words"]
+            layer.__class__ = _DENSE[type(layer)]
+            layer.weight = nn.Parameter(masked)
+            layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        elif isinstance(module, SubsetBatchNorm2d):
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                if module.per_ticket and getattr(module, name) is not None:
+                    setattr(module, name, getattr(module, name)[ticket].clone())
+            for name in ("weight", "bias"):
+                if module.affine_per_ticket and getattr(module, name) is not None:
+                    setattr(module, name, nn.Parameter(getattr(module, name)[ticket].detach().clone()))
+            for attribute in ("num_masks", "per_ticket", "affine_per_ticket", "_pass"):
+                delattr(module, attribute)
+            module.__class__ = nn.BatchNorm2d
+    return model
+
+
+def _mask(module: nn.Module, num_masks: int) -> None:
+    module.__class__ = _TWINS[type(module)]
+    cast(_Masked, module)._init_masks(num_masks)
+
+
+def _in_scope(model: nn.Module, scope: Scope) -> Iterator[tuple[str, nn.Module]]:
+    candidates = [(name, module) for name, module in model.named_modules() if type(module) in _TWINS]
+    if scope is None or callable(scope):
+        yield from ((name, module) for name, module in candidates if scope is None or scope(name, module))
+        return
+    if isinstance(scope, str):
+        raise TypeError(f"scope is {scope!r}, expected a predicate or a list of globs such as [{scope!r}]")
+    for glob in scope:
+        if not any(fnmatchcase(name, glob) for name, _ in candidates):
+            raise ValueError(f"scope holds {glob!r}, which matches no linear or convolution layer of the model")
+    yield from ((name, module) for name, module in candidates if any(fnmatchcase(name, glob) for glob in scope))
+
+
+def _refuse_unknown(name: str, module: nn.Module) -> None:
+    if parametrize.is_parametrized(module):
+        raise ValueError(f"{name} has parametrisations: remove them before it is masked")
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{name} is lazy: run the model once before it is converted")
+
+
+def _replicate(tensor: Tensor, times: int) -> Tensor:
+    return tensor.expand(times, *tensor.shape).clone()
+
+
+def _on(index: Tensor | Sequence[int], device: torch.device) -> Tensor | Sequence[int]:
+    return index.to(device) if isinstance(index, Tensor) else torch.tensor(index, device=device)

@@ -1,0 +1,125 @@
+"""Raw operators: schemas and batching rules. Shape functions: shapes.py. Mathematics: backends/reference.py.
+
+Each masked operation has three raw operators a backend, named `rtl_kernels::<operation>_<backend>`:
+
+    masked_linear(x, weight, words, offsets, order, repeat, bias)                       -> y
+    masked_linear_grad_input(dy, weight, words, offsets, order, repeat)                 -> dx
+    masked_linear_grad_weight(dy, x, words, offsets, order, repeat, weight_size, bias)  -> dw, db
+
+and the convolutions likewise, with their geometry behind. They know nothing of autograd (functional.py puts it on top)
+nor of `Route` and `MaskBank`, only of the tensors these hold. Common arguments:
+
+    weight   (O, ...) shared, or (K, O, ...) untied.
+    words    int32 (K, rows, words a row): a bank's bits.
+    offsets  int64 (K + 2,): rows [offsets[g], offsets[g + 1]) go through mask g − 1 (g = 0: the dense weight).
+    order    row r reads x[order[r]] and writes y[order[r]]; None: row r is sample r.
+    repeat   1, or K with order None: row r reads x[r mod B] and writes y[r], and the groups are of B rows each.
+    bias     (O,), or (K, O) for untied weights; in a gradient operator whether `db` is wanted (else it is empty).
+    padding  of a convolution: top, bottom, left, right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import shapes
+
+__all__ = ["OPERATIONS", "define"]
+
+_GROUPS = "Tensor words, Tensor offsets, Tensor? order, SymInt repeat"
+_CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups"
+_CONV_TRANSPOSE = "int[2] stride, int[2] padding, int[2] output_padding, int groups, int[2] dilation"
+
+_SCHEMAS = {
+    "masked_linear": f"(Tensor x, Tensor weight, {_GROUPS}, Tensor? bias) -> Tensor",
+    "masked_linear_grad_input": f"(Tensor dy, Tensor weight, {_GROUPS}) -> Tensor",
+    "masked_linear_grad_weight": f"(Tensor dy, Tensor x, {_GROUPS}, SymInt[] weight_size, bool bias) "
+    "-> (Tensor, Tensor)",
+}
+for _operation, _geometry in (("masked_conv2d", _CONV), ("masked_conv_transpose2d", _CONV_TRANSPOSE)):
+    _SCHEMAS |= {
+        _operation: f"(Tensor x, Tensor weight, {_GROUPS}, Tensor? bias, {_geometry}) -> Tensor",
+        f"{_operation}_grad_input": f"(Tensor dy, Tensor weight, {_GROUPS}, SymInt[] x_size, {_geometry}) -> Tensor",
+        f"{_operation}_grad_weight": f"(Tensor dy, Tensor x, {_GROUPS}, SymInt[] weight_size, bool bias, {_geometry}) "
+        "-> (Tensor, Tensor)",
+    }
+_SCHEMAS |= {
+    "subset_batch_norm": "(Tensor x, Tensor? weight, Tensor? bias, Tensor offsets, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "subset_batch_norm_grad": "(Tensor dy, Tensor x, Tensor? weight, Tensor offsets, Tensor mean, Tensor inverse_std, "
+    "float eps) -> (Tensor, Tensor, Tensor)",
+}
+
+OPERATIONS = tuple(_SCHEMAS)
+
+
+def define(operation: str, backend: str, implementation: Callable[..., Any], keys: str | Sequence[str]) -> Any:
+    """Register one backend's implementation of a raw operator under dispatch `keys`; returns the operator."""
+    name = f"rtl_kernels::{operation}_{backend}"
+    torch.library.define(name, _SCHEMAS[operation])
+    torch.library.impl(name, keys, implementation)
+    torch.library.register_fake(name, getattr(shapes, operation))
+    _register_loop_vmap(name)
+    return getattr(torch.ops.rtl_kernels, f"{operation}_{backend}").default
+
+
+# ---- batching rule
+
+
+def _register_loop_vmap(name: str) -> None:
+    """vmap by a loop over the mapped dimension: a batch of routes or weights has no kernel of its own."""
+    operator = getattr(torch.ops.rtl_kernels, name.split("::")[1]).default
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def at(i: int) -> list[Any]:
+            pairs = zip(args, in_dims, strict=True)
+            return [arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg for arg, dim in pairs]
+
+        results = [operator(*at(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    torch.library.register_vmap(name, rule)
+
+
+# ---- routes
+
+
+def _route(index: Tensor, num_masks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """index (B,) -> order (B,), offsets (K + 2,), sorted index (B,). See `Route.build` for what is checked where."""
+    if index.device.type == "cpu" or os.environ.get("RTL_KERNELS_CHECK_INDEX") == "1":
+        outside = index[(index < -1) | (index >= num_masks)]
+        if outside.numel():
+            raise IndexError(
+                f"index holds {int(outside[0])}, but there are {num_masks} masks (0..{num_masks - 1}, or -1 for none)"
+            )
+    else:
+        index = index.clamp(-1, num_masks - 1)
+    ascending, order = torch.sort(index, stable=True)
+    bounds = torch.arange(-1, num_masks + 1, device=index.device)
+    return order, torch.searchsorted(ascending, bounds), ascending
+
+
+def _route_fake(index: Tensor, num_masks: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(index), index.new_empty(num_masks + 2), torch.empty_like(index)
+
+
+def _refuse_dense(index: Tensor, offsets: Tensor, what: str) -> Tensor:
+    """A copy of `index` (rows,), refused on the CPU if it holds −1; clamped to 0 elsewhere (no synchronisation)."""
+    if offsets.device.type == "cpu" and bool(offsets[1] > 0):
+        raise ValueError(f"index holds -1 (no mask), which {what} has no meaning for: expected 0..K-1")
+    return index.clamp(min=0)
+
+
+torch.library.define("rtl_kernels::route", "(Tensor index, int num_masks) -> (Tensor, Tensor, Tensor)")
+torch.library.impl("rtl_kernels::route", "CompositeExplicitAutograd", _route)
+torch.library.register_fake("rtl_kernels::route", _route_fake)
+torch.library.define("rtl_kernels::refuse_dense", "(Tensor index, Tensor offsets, str what) -> Tensor")
+torch.library.impl("rtl_kernels::refuse_dense", "CompositeExplicitAutograd", _refuse_dense)
+torch.library.register_fake("rtl_kernels::refuse_dense", lambda index, offsets, what: torch.empty_like(index))

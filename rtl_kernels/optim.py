@@ -1,0 +1,108 @@
+"""Optimiser steps that leave pruned weights, and what the optimiser keeps of them, exactly where they were.
+
+A zero gradient is not enough: momentum, weight decay and Adam's running moments move a weight under it. So the UPDATE
+is masked: whatever the optimiser did to weights outside the batch's masks is undone, in the parameter and in every
+tensor of its state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .masks import MaskBank
+from .nn import RoutedModel, SubsetBatchNorm2d, _Masked
+
+__all__ = ["masked_step"]
+
+
+def masked_step(optimizer: torch.optim.Optimizer, model: RoutedModel) -> torch.optim.Optimizer:
+    """Make `optimizer.step()` leave what is outside the batch's masks, and its state, as it was, to the last bit.
+
+    A weight may move if the mask of a sample seen since the last step keeps it (every weight, if a sample had index
+    −1). Untied parameters of tickets without samples stay too. Parameters without masks move as they always do.
+
+    Args:
+        optimizer: any `torch.optim` optimiser over the model's parameters. It is given hooks and returned, so that
+            schedulers and gradient scalers work as before; call once for an optimiser.
+        model: the wrapper `convert` returned; call this after `untie`.
+
+    Raises:
+        TypeError: `model` is not a wrapper.
+        ValueError: the optimiser holds no masked weight of the model.
+    """
+    if not isinstance(model, RoutedModel):
+        raise TypeError(f"model is a {type(model).__name__}, expected the wrapper that rtl_kernels.nn.convert returned")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(module.weight) in held for module in model.masked_modules().values()):
+        raise ValueError("optimizer holds no masked weight of the model: make it from model.parameters() after convert")
+    step = _MaskedStep(model)
+    optimizer.register_step_pre_hook(step.before)
+    optimizer.register_step_post_hook(step.after)
+    model._pass.recording = True
+    return optimizer
+
+
+class _MaskedStep:
+    def __init__(self, model: RoutedModel) -> None:
+        self.model = model
+        self.saved: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
+
+    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.saved = []
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            raise ValueError("closure is given, but a masked step has to know its batch before it: expected none")
+        with torch.no_grad():
+            for parameter, frozen in self._frozen():
+                if parameter.grad is None:
+                    continue
+                state = {
+                    key: value.clone()
+                    for key, value in optimizer.state.get(parameter, {}).items()
+                    if isinstance(value, Tensor) and value.shape == parameter.shape
+                }
+                self.saved.append((parameter, frozen, parameter.clone(), state))
+                # What state this step may create has to come out as it starts: as if weight and gradient were zero.
+                parameter.masked_fill_(frozen, 0)
+                parameter.grad.masked_fill_(frozen, 0)
+
+    def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for parameter, frozen, value, state in self.saved:
+                torch.where(frozen, value, parameter, out=parameter)
+                for key, old in state.items():
+                    new = optimizer.state[parameter][key]
+                    torch.where(frozen, old, new, out=new)
+        self.saved = []
+        self.model._pass.present = None
+
+    def _frozen(self) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, bool tensor of its shape: True where it must not move)."""
+        present = self.model._pass.present
+        if present is None:
+            return []
+        frozen: list[tuple[Tensor, Tensor]] = []
+        for module in self.model.model.modules():
+            if isinstance(module, _Masked):
+                frozen += _frozen_masked(module, present)
+            elif isinstance(module, SubsetBatchNorm2d) and module.affine_per_ticket:
+                frozen += [(p, _absent(p, present)) for p in (module.weight, module.bias) if p is not None]
+        return frozen
+
+
+def _absent(parameter: Tensor, present: Tensor) -> Tensor:
+    """Everything of the tickets without samples, for a parameter (K, ...)."""
+    return ~present[1:].view(-1, *[1] * (parameter.dim() - 1)).expand(parameter.shape)
+
+
+def _frozen_masked(module: _Masked, present: Tensor) -> list[tuple[Tensor, Tensor]]:
+    bank = module.bank
+    words = bank.words.masked_fill(~present[1:, None, None], 0)
+    if module.untied:
+        kept = MaskBank(words, bank.shape).to_dense()
+        bias = [] if module.bias is None else [(module.bias, _absent(module.bias, present))]
+        return [(module.weight, ~kept), *bias]
+    kept = MaskBank(words, bank.shape).union().dense(0)
+    return [(module.weight, ~(kept | present[0]))]

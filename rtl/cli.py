@@ -26,13 +26,16 @@ example: rtl run digits --seeds 0 1 --out runs/two-seeds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for input that can be put right, 130 when interrupted."""
+    """Run one command; returns the exit status: 0; 1 if a worker died; 2 for bad input; 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
     except InputError as error:
         print(f"rtl: {error}", file=sys.stderr)
         return 2
+    except ChildProcessError as error:
+        print(f"rtl: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rtl: interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -55,6 +58,7 @@ def _dispatch(arguments: list[str]) -> int:
     report = commands.add_parser("report", help="print a run's table", epilog="example: rtl report runs/digits")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     report.add_argument("--to", type=Path, metavar="DIR", help="write table, details and figures there (default: RUN)")
+    report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
     # The options of `run` are the recipe's own settings, which only the recipe knows.
     own, rest = (arguments[:2], arguments[2:]) if arguments[:1] == ["run"] else (arguments, [])
     if own[:1] == ["run"] and (len(own) == 1 or own[1].startswith("-")):
@@ -65,7 +69,7 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command == "show":
         return _show(options.recipe, options.protocol)
     if options.command == "report":
-        return _report(options.run, options.to)
+        return _report(options.run, options.to, options.into)
     return _run(options.recipe, rest)
 
 
@@ -175,8 +179,8 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _report(folder: Path, to: Path | None) -> int:
-    from rtl.report import read_results, write_results
+def _report(folder: Path, to: Path | None, into: Path | None) -> int:
+    from rtl.report import read_results, write_into, write_results
 
     table, details = read_results(folder)
     write_results(to or folder, table, details)
@@ -184,6 +188,8 @@ def _report(folder: Path, to: Path | None) -> int:
         from rtl.run import write_atomically
 
         write_atomically(to / "config.json", (folder / "config.json").read_bytes())
+    if into is not None:
+        write_into(into, table)
     print(table["command"])
     print(json.dumps(table["environment"]))
     _print_table(table["rows"])

@@ -11,6 +11,7 @@ repeat until every m_k has the target sparsity:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,13 +159,13 @@ class Extraction:
 
 def extract_all(extractions: Sequence[Extraction], run: Run) -> None:
     """Bring several extractions to their end, all their tickets handed to the same workers."""
-    jobs = [(extraction, ticket) for extraction in extractions for ticket in extraction.unfinished()]
-    run.map(_extract_ticket, jobs, label="extract")
+    jobs = [(number, ticket) for number, extraction in enumerate(extractions) for ticket in extraction.unfinished()]
+    run.map(functools.partial(_extract_ticket, extractions), jobs, label="extract")
 
 
-def _extract_ticket(_: Run, job: tuple[Extraction, int]) -> None:
+def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, int]) -> None:
     """Algorithm 1 for one k: the subsets are independent of one another within a round, and so over all rounds."""
-    extraction, ticket = job
+    extraction, ticket = extractions[job[0]], job[1]
     run, fit, parts = extraction.run, extraction.fit, extraction.parts
     net = masked_copy(extraction.model, 1, "shared")
     theta0, rounds, name = state(net), extraction.rounds, parts.names[ticket]

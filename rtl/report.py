@@ -105,3 +105,16 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"run is {str(folder)!r}, which holds no finished results ({error}): finish `rtl run`"
         ) from error
     return table, details
+
+
+def write_into(document: Path, table: Mapping[str, Any]) -> None:
+    """Replace the table between `<!-- table: RECIPE -->` and `<!-- end -->` in a document by a run's.
+
+    Raises InputError if the document has no such place.
+    """
+    begin, end = f"<!-- table: {table['recipe']} -->\n", "<!-- end -->"
+    before, mark, after = document.read_text().partition(begin)
+    if not mark or end not in after:
+        raise InputError(f"document is {str(document)!r}, which has no line {begin.strip()!r} with an {end!r} after it")
+    after = after[after.index(end) :]
+    write_atomically(document, (before + begin + markdown(summary(table["rows"])) + after).encode())

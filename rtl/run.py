@@ -1,4 +1,4 @@
-"""A run: a directory of idempotent stages, and the worker processes that compute them.
+"""A run: a directory of idempotent stages.
 
 Running the same command again is resuming: a stage that is done is loaded, any other is computed and saved. An artefact
 is two files, `<key>.safetensors` and `<key>.json`. The second is the manifest; it holds the digest of the first and is
@@ -11,18 +11,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-import pickle
 import re
 import secrets
-import signal
-import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +24,8 @@ import torch
 from torch import Tensor
 
 from rtl.errors import InputError
-from rtl.progress import Event, Progress, Task
+from rtl.progress import Progress, Task
+from rtl.workers import forwarding_progress, global_seed, map_in_processes, one_torch_thread
 
 try:
     import fcntl
@@ -43,8 +37,6 @@ R = TypeVar("R")
 
 TEMPORARY = ".rtl-tmp"
 COMPONENT = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,149}")
-
-_worker_progress: Progress | None = None  # set in a worker process: reports to the parent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +66,7 @@ class Run:
         self.path = Path(path)
         self.seed = seed
         self.workers = _usable_cores() if workers is None else workers
-        self.progress = progress or _worker_progress or Progress()
+        self.progress = progress or forwarding_progress() or Progress()
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"path is {str(self.path)!r}, a file: a run needs a folder, give another path")
         if self.workers < 1:
@@ -127,7 +119,7 @@ class Run:
         dropout, say) does not depend on which stages before it were resumed.
         """
         if not self.done(key):
-            with _global_seed(self.seed_for("stage", key)):
+            with global_seed(self.seed_for("stage", key)):
                 artefact = compute()
             self.save(key, artefact)
         return self.load(key)
@@ -222,7 +214,8 @@ class Run:
         change its item. Workers are spawned, so a script needs `if __name__ == "__main__":` around what it runs.
 
         Args:
-            function: a function of a module (workers import it).
+            function: a function of a module (workers import it), or a `functools.partial` of one: what it holds, such
+                as the data, is sent to each worker once.
             items: whatever can be pickled; so must the results.
             label: names the work in progress and errors.
 
@@ -233,12 +226,12 @@ class Run:
         """
         items = list(items)
         with self.track(label, len(items)) as task:
-            if min(self.workers, len(items)) > 1 and _worker_progress is None:
-                return _map_in_processes(self, function, items, label, task)
+            if min(self.workers, len(items)) > 1 and forwarding_progress() is None:
+                return map_in_processes(self, function, items, label, task)
             results = []
-            with _one_torch_thread():
+            with one_torch_thread():
                 for position, item in enumerate(items):
-                    with _global_seed(self.seed_for("map", label, position)):
+                    with global_seed(self.seed_for("map", label, position)):
                         results.append(function(self, item))
                     task.advance()
             return results
@@ -374,175 +367,3 @@ def _shown(flat: dict[str, Any], key: str) -> str:
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        yield
-
-
-# Worker processes. A worker has one pipe to its parent. Messages are pickled here, by value: torch's own reduction for
-# processes passes file descriptors, which die with the worker. concurrent.futures neither stops running work nor says
-# how a worker died.
-
-
-class _WorkerTraceback(Exception):  # noqa: N818 (it is shown as a cause, never raised by itself)
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
-
-
-def _map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[T], label: str, task: Task) -> list[R]:
-    head = _pickled((run, function, label), f"function is {function!r}")
-    queue = [_pickled((i, item), f"items[{i}] is a {type(item).__name__}") for i, item in enumerate(items)][::-1]
-    results: dict[int, R] = {}
-    context = multiprocessing.get_context("spawn")
-    team: dict[Connection, BaseProcess] = {}
-    started: set[Connection] = set()
-    finished = False
-    try:
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
-            for number in range(min(run.workers, len(items))):
-                ours, theirs = context.Pipe()
-                name = f"{label}-worker-{number}"
-                process: BaseProcess = context.Process(
-                    target=_work, args=(theirs, head, os.getcwd()), name=name, daemon=True
-                )
-                process.start()
-                theirs.close()  # so that ours ends when the worker does
-                team[ours] = process
-        while len(results) < len(items):
-            for pipe in wait(list(team)):
-                assert isinstance(pipe, Connection)
-                try:
-                    message = pipe.recv_bytes()
-                except (EOFError, OSError):
-                    raise _died(team[pipe], pipe in started) from None
-                kind, *content = pickle.loads(message)
-                if kind in ("ready", "result") and queue:
-                    with suppress(ConnectionError):  # it died: the next recv says so
-                        pipe.send_bytes(queue.pop())
-                if kind == "ready":
-                    started.add(pipe)
-                elif kind == "event":
-                    run.progress.show(content[0])
-                elif kind == "result":
-                    results[content[0]] = content[1]
-                    task.advance()
-                else:
-                    error, text = content
-                    raise error from _WorkerTraceback(f"in {team[pipe].name}:\n{text}")
-        finished = True
-    finally:
-        for pipe, worker in team.items():
-            if finished:
-                pipe.close()  # the worker ends by itself, flushing what it printed
-                worker.join(10)
-            worker.terminate()
-        for pipe, worker in team.items():
-            worker.join(5)
-            worker.kill()
-            worker.join()
-            pipe.close()
-            run.progress.abandon(worker.pid or 0)
-    return [results[position] for position in range(len(items))]
-
-
-def _work(pipe: Connection, head: bytes, folder: str) -> None:
-    """What a worker process does: one item after another until the parent closes the pipe."""
-    global _worker_progress
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    sending = threading.Lock()
-
-    def send(data: bytes) -> None:
-        with sending:
-            pipe.send_bytes(data)
-
-    def forward(event: Event) -> None:
-        send(pickle.dumps(("event", event)))
-
-    _worker_progress = Progress(forward=forward)
-    with suppress(EOFError, ConnectionError):  # the parent closed the pipe, or died
-        send(pickle.dumps(("ready",)))
-        while True:
-            item = pipe.recv_bytes()
-            try:
-                answer = _answer(head, item)
-            except BaseException as error:
-                answer = pickle.dumps(("error", _portable(error), traceback.format_exc()))
-            send(answer)
-
-
-def _answer(head: bytes, data: bytes) -> bytes:
-    try:
-        run, function, label = pickle.loads(head)
-        position, item = pickle.loads(data)
-    except (AttributeError, ImportError) as error:
-        raise InputError(f"function and items cannot be rebuilt in a worker ({error}): pass workers=1") from error
-    with _global_seed(run.seed_for("map", label, position)):
-        result = function(run, item)
-    return _pickled(("result", position, result), f"the result for items[{position}] is a {type(result).__name__}")
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _pickled(value: Any, what: str) -> bytes:
-    try:
-        return pickle.dumps(value)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise InputError(f"{what}, which worker processes cannot be sent ({error}): pass workers=1") from error
-
-
-def _portable(error: BaseException) -> BaseException:
-    """`error` if it survives pickling, else a RuntimeError that says the same."""
-    try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
-            return error
-    except Exception:
-        pass
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _died(process: BaseProcess, started: bool) -> ChildProcessError:
-    process.join(5)
-    code = process.exitcode
-    how = f"exit code {code}"
-    if code is not None and code < 0:
-        how += f" ({signal.Signals(-code).name}{', out of memory perhaps' if -code == signal.SIGKILL else ''})"
-    advice = "what was saved is kept, run again to resume"
-    if not started:
-        advice += '; it had not started: a script needs `if __name__ == "__main__":` around what it runs'
-    return ChildProcessError(f"{process.name} (pid {process.pid}) died with {how}: {advice}")
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

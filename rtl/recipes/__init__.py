@@ -23,8 +23,8 @@ def digits(protocol: str = "quick") -> Classification:
         methods=METHODS,
         sparsities=(0.5, 0.75, 0.9),
         remove=0.25,
-        round_epochs=3,
-        retrain_epochs=10,
+        round_epochs=2,
+        retrain_epochs=8,
         batch_size=64,
         lr=2e-3,
     )

@@ -5,7 +5,8 @@ A recipe is a function that returns a frozen `Classification`; `run_classificati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +193,8 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
             for masks in tickets.levels.values():
                 jobs.append(_Job(config, method, one.child(method), models[seed], extraction.parts, masks))
                 found[jobs[-1]] = tickets
-    evaluations = run.map(_retrain_and_evaluate, [(job, test) for job in jobs], label="retrain and evaluate")
+    work = functools.partial(_retrain_and_evaluate, jobs, test)
+    evaluations = run.map(work, range(len(jobs)), label="retrain and evaluate")
     rows = [_row(job, found[job], done.info) for job, done in zip(jobs, evaluations, strict=True)]
     names = {"class_names": parts.names}
     per_class = [
@@ -206,8 +208,8 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     return rows, details
 
 
-def _retrain_and_evaluate(_: Run, item: tuple[_Job, Data]) -> Artefact:
-    job, test = item
+def _retrain_and_evaluate(jobs: Sequence[_Job], test: Data, _: Run, number: int) -> Artefact:
+    job = jobs[number]
 
     def compute() -> Artefact:
         networks = job.networks()

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import rtl.run
+import rtl.workers
 from rtl.errors import InputError
 from rtl.progress import Progress
 from rtl.run import Artefact, Run, slug, write_atomically
@@ -512,7 +513,7 @@ class UnpicklableError(Exception):
 
 
 def test_an_error_that_cannot_be_pickled_is_told_in_words():
-    error = rtl.run._portable(UnpicklableError("one", "two"))
+    error = rtl.workers._portable(UnpicklableError("one", "two"))
     assert type(error) is RuntimeError
     assert str(error) == "UnpicklableError: one"
 
@@ -522,9 +523,8 @@ def give_a_function(run, item):
 
 
 def test_a_result_that_cannot_be_pickled_is_refused(run):
-    head, item = pickle.dumps((run, give_a_function, "w")), pickle.dumps((4, "cat"))
     with pytest.raises(InputError, match=r"the result for items\[4\] is a function.*pass workers=1"):
-        rtl.run._answer(head, item)
+        rtl.workers._answer(run, give_a_function, "w", 4, "cat")
 
 
 def test_what_cannot_be_sent_to_a_worker_is_refused_before_any_starts(run):

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rtl.errors import InputError
 
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"rtl: {error}", file=sys.stderr)
         return 2
+    except (NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError) as error:
+        print(f"rtl: {error.strerror}: {error.filename}: give another path", file=sys.stderr)
+        return 2
     except ChildProcessError as error:
         print(f"rtl: {error}", file=sys.stderr)
         return 1
@@ -44,10 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help shows how)")
+
+
 def _dispatch(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="rtl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="rtl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls | show | run | report")
     commands.add_parser("ls", help="list recipes and runs", epilog="example: rtl ls")
     show = commands.add_parser("show", help="print a recipe", epilog="example: rtl show cifar10 --protocol paper")
@@ -57,7 +65,7 @@ def _dispatch(arguments: list[str]) -> int:
     run.add_argument("recipe", nargs="?")
     report = commands.add_parser("report", help="print a run's table", epilog="example: rtl report runs/digits")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    report.add_argument("--to", type=Path, metavar="DIR", help="write table, details and figures there (default: RUN)")
+    report.add_argument("--to", type=Path, metavar="DIR", help="write table, figures, tickets there (default: RUN)")
     report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
     # The options of `run` are the recipe's own settings, which only the recipe knows.
     own, rest = (arguments[:2], arguments[2:]) if arguments[:1] == ["run"] else (arguments, [])
@@ -144,6 +152,8 @@ def _run(name: str | None, arguments: list[str]) -> int:
             return 0
         raise InputError(f"{_one_line(said.getvalue())} (rtl run {name} --help lists the options)") from None
     config = options.config
+    if config.recipe != name:
+        raise InputError(f"recipe is {config.recipe!r}, but rtl run {name} runs {name!r}: leave --recipe out")
     first = RECIPES[name]().protocol
     out = options.out or Path("runs") / (name if config.protocol == first else f"{name}-{config.protocol}")
     run = Run(out, workers=options.workers)
@@ -181,13 +191,13 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 def _report(folder: Path, to: Path | None, into: Path | None) -> int:
     from rtl.report import read_results, write_into, write_results
+    from rtl.run import write_atomically
 
     table, details = read_results(folder)
     write_results(to or folder, table, details)
-    if to is not None and (folder / "config.json").exists():
-        from rtl.run import write_atomically
-
-        write_atomically(to / "config.json", (folder / "config.json").read_bytes())
+    if to is not None:
+        for file in [folder / "config.json", *sorted((folder / "tickets").glob("*/*"))]:
+            write_atomically(to / file.relative_to(folder), file.read_bytes())
     if into is not None:
         write_into(into, table)
     print(table["command"])
@@ -203,15 +213,29 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 
     from rtl.report import summary
 
-    head, *body = summary(rows)
-    table = Table(title="mean ± standard deviation over seeds")
-    for column in head:
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for line in body:
-        table.add_row(*line)
-    # Outside a terminal the table keeps its width instead of being cut to 80 columns.
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+    lines, console = summary(rows), Console()
+    width = console.width if console.is_terminal else 200  # a pipe or a file has room for all columns
+    for number, columns in enumerate(_blocks(lines, width)):
+        table = Table(title=None if number else "mean ± standard deviation over seeds")
+        for column in columns:
+            table.add_column(lines[0][column], justify="right" if column else "left", no_wrap=True)
+        for line in lines[1:]:
+            table.add_row(*(line[column] for column in columns))
+        Console(width=width).print(table)
+
+
+def _blocks(lines: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Columns of the tables, each at most `width` wide where that can be, that show all of `lines` one below another.
+
+    Each begins with the first two columns, which say what a line is of.
+    """
+    takes = [max(len(line[column]) for line in lines) + 3 for column in range(len(lines[0]))]
+    blocks: list[list[int]] = []
+    for column in range(2, len(takes)):
+        if not blocks or sum(takes[c] for c in [*blocks[-1], column]) + 1 > width:
+            blocks.append([0, 1])
+        blocks[-1].append(column)
+    return blocks
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ threshold: one-vs-rest, a class is predicted where its score is 0.5 or more (sig
 argmax:    the class of the highest score, one a sample.
 
 Balanced accuracy is the mean over classes of (TPR + TNR) / 2, precision and recall are means over classes, on all
-samples of the test set; a class that is never predicted has precision 0.
+samples of the test set; a class that is never predicted has precision 0, one without samples has recall 0.
 """
 
 from __future__ import annotations
@@ -21,16 +21,6 @@ from rtl.data import Data
 from rtl.errors import InputError
 from rtl.partition import Partition
 from rtl.tickets import TicketNetwork
-
-METRICS = (
-    "accuracy",
-    *(
-        f"{metric}.{rule}"
-        for rule in ("threshold", "argmax")
-        for metric in ("balanced_accuracy", "precision", "recall")
-    ),
-    "mse",
-)
 
 
 @dataclass(frozen=True)

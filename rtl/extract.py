@@ -47,6 +47,8 @@ class PrunePlan:
     report_at: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not self.levels:
+            raise InputError("report_at is empty, expected one sparsity or more, or None")
         count = isinstance(self.remove, int)
         if (count and self.remove < 1) or (not count and not 0 < self.remove < 1):
             raise InputError(
@@ -119,6 +121,10 @@ class Extraction:
         self.ones = net.banks
         self.prunable = sum(bank.shape.numel() for bank in self.ones.values())
         self.rounds = plan.rounds(self.prunable)
+        # What the task refuses, it refuses before anything is written.
+        epoch = [split(fit.task.draw(parts, k, torch.Generator()), fit.batch_size) for k in range(len(parts))]
+        if batched:
+            _side_by_side(parts, epoch)
         self.model, self.parts, self.plan, self.fit = model, parts, plan, fit
         self.run = run.child("extract")
         self.run.configure(
@@ -126,6 +132,7 @@ class Extraction:
                 "plan": plan,
                 "fit": dataclasses.asdict(fit) | {"task": fit.task.name},
                 "subsets": parts.counts(),
+                "data": parts.fingerprint,
                 "theta0": digest(model.state_dict()),
                 "batched": batched,
             }

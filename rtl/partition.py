@@ -4,8 +4,10 @@ The method does not care how subsets were found (arXiv 2601.22141, section 3). A
 so that new data, a test set for one, is assigned to the same subsets.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -71,6 +73,16 @@ class Partition:
         """Samples in each subset."""
         sizes = torch.bincount(self.index + 1, minlength=len(self) + 1)[1:]
         return dict(zip(self.names, sizes.tolist(), strict=True))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything training sees: samples, targets, normalisation, and who is in which subset."""
+        data = self.data
+        sha = hashlib.sha256(repr((self.names, data.name, data.class_names, data.mean, data.std)).encode())
+        for tensor in (self.index, data.targets, data.inputs):
+            sha.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            sha.update(tensor.cpu().contiguous().numpy().data)
+        return sha.hexdigest()
 
     def apply(self, data: Data) -> "Partition":
         """The same subsets of other data, found by the same rule. A subset may be empty there."""

@@ -78,14 +78,14 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-    """Write table.json, details.json, table.md and figures/*.png of a run to a folder, each whole or not at all."""
+    """Write figures/*.png, table.md, details.json and, last, table.json of a run to a folder, each whole or not at all.
+
+    A folder that holds a table.json holds all of them.
+    """
     from rtl import plots
     from rtl.diagnose import Similarity
 
     folder = Path(folder)
-    for name, content in (("details.json", details), ("table.json", table)):
-        write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(folder / "table.md", markdown(summary(table["rows"])).encode())
     figures = folder / "figures"
     shown = {"balanced_accuracy.threshold": "balanced accuracy, score ≥ ½", "accuracy": "accuracy, argmax"}
     plots.save(plots.metric_against_sparsity(table["rows"], shown), figures / "metric.png")
@@ -94,6 +94,9 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
         plots.save(plots.similarity_against_sparsity(levels), figures / "similarity.png")
         for level, similarity in levels.items():
             plots.save(plots.similarity_by_depth(similarity, level), figures / f"similarity-by-depth-{level:g}.png")
+    write_atomically(folder / "table.md", markdown(summary(table["rows"])).encode())
+    for name, content in (("details.json", details), ("table.json", table)):
+        write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

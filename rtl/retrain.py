@@ -10,6 +10,7 @@ for each epoch:
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,7 +41,8 @@ def retrain(
         The network in evaluation mode.
 
     Raises:
-        InputError: the run holds another retraining, a ticket names no subset, or masks that are not of this model.
+        InputError: the run holds another retraining, a ticket names no subset, masks that are not of this model, or
+            training diverged.
     """
     subsets = [parts.position(name) for name in tickets.names]
     net = masked_copy(model, len(subsets), fit.batch_norm, fit.affine_per_ticket)
@@ -48,12 +50,15 @@ def retrain(
         net.banks = dict(tickets.banks)
     except ValueError as error:
         raise InputError(f"tickets are not of this model: {error}") from error
+    for _ in schedule(parts, subsets, fit, torch.Generator()):
+        break  # what the task refuses, it refuses before anything is written
     run = run.child(f"retrain/{tickets.sparsity:g}")
     run.configure(
         {
             "fit": dataclasses.asdict(fit) | {"task": fit.task.name},
             "tickets": tickets.names,
             "subsets": parts.counts(),
+            "data": parts.fingerprint,
             "masks": digest({layer: bank.words for layer, bank in tickets.banks.items()}),
             "theta0": digest(model.state_dict()),
         }
@@ -68,12 +73,15 @@ def retrain(
         with run.track(f"retrain {_who(tickets)} at {tickets.sparsity:.0%}", fit.epochs) as progress:
             progress.advance(len(losses))
             for epoch in range(len(losses), fit.epochs):
+                torch.manual_seed(run.seed_for("retrain", epoch))  # dropout's numbers do not depend on resuming either
                 total, steps = torch.zeros(()), 0
                 for batch in schedule(parts, subsets, fit, run.generator("retrain", *tickets.names, epoch)):
                     total += step(net, optimizer, fit.task, parts, batch)
                     steps += 1
                     samples += sum(len(index) for _, _, index in batch)
                 losses.append(float(total) / steps)
+                if not math.isfinite(losses[-1]):
+                    raise InputError(f"loss is {losses[-1]} after epoch {epoch + 1}: it diverged, use a smaller lr")
                 progress.advance(note=f"loss {losses[-1]:.3f}")
                 if time.perf_counter() - saved >= checkpoint_seconds and epoch + 1 < fit.epochs:
                     saved = time.perf_counter()

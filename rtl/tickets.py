@@ -72,6 +72,9 @@ class Tickets:
         return self.levels[sparsity]
 
 
+_DESCRIBED = {"names", "outputs", "task", "sparsity", "samples", "seconds", "batch_norm", "model"}  # in tickets.json
+
+
 class TicketNetwork(nn.Module):
     """K tickets over one set of weights: `net(x, ticket="cat")`, `net(x, ticket=["cat", "dog", ...])`.
 
@@ -97,6 +100,7 @@ class TicketNetwork(nn.Module):
         seconds: float = 0.0,
     ) -> None:
         super().__init__()
+        self.training = net.training
         self.net = net
         self.names = tuple(names)
         self.outputs = tuple(outputs)
@@ -159,6 +163,7 @@ class TicketNetwork(nn.Module):
             "batch_norm": _batch_norm(self.net),
             "model": getattr(self.net.model, "recipe", None),
         }
+        (folder / "tickets.json").unlink(missing_ok=True)  # an older network's names never stand beside these weights
         write_atomically(folder / "tickets.safetensors", safetensors.torch.save(state))
         write_atomically(folder / "tickets.json", (json.dumps(description, indent=2) + "\n").encode())
 
@@ -179,16 +184,25 @@ class TicketNetwork(nn.Module):
             state = safetensors.torch.load_file(folder / "tickets.safetensors")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"folder is {str(folder)!r}, which holds no saved tickets: {error}") from error
+        missing = sorted(_DESCRIBED - set(description)) if isinstance(description, dict) else ["an object"]
+        if missing:
+            raise InputError(f"{folder / 'tickets.json'} is damaged, it lacks {', '.join(missing)}: get it again")
         if model is None:
             model = _known_model(description["model"])
         affine = description["batch_norm"] == "affine_per_ticket"
         batch_norm = "per_ticket" if affine else description["batch_norm"]
         net = masked_copy(model, len(description["names"]), batch_norm, affine)
+        lost = sorted(f"{layer}.mask_words" for layer in net.masked_modules() if f"{layer}.mask_words" not in state)
+        if lost:  # they would load as all ones
+            raise InputError(
+                f"model is a {type(model).__name__} with {lost[0]}, which {folder / 'tickets.safetensors'} lacks: pass "
+                "the model the tickets were saved from, or get the file again"
+            )
         try:
             net.model.load_state_dict(state)
         except RuntimeError as error:
             raise InputError(
-                f"model is a {type(model).__name__}, which the saved tickets do not fit: {error}"
+                f"model is a {type(model).__name__}, which the saved tickets do not fit: {' '.join(str(error).split())}"
             ) from error
         net.eval()
         fields = (description[key] for key in ("names", "outputs", "task", "sparsity", "samples", "seconds"))
@@ -221,5 +235,9 @@ def _known_model(recipe: Mapping[str, Any] | None) -> nn.Module:
 
     if recipe is None:
         raise InputError("model is not given, but the saved tickets are of a model of your own: pass model=")
+    if recipe["name"] not in rtl.models.__all__:
+        raise InputError(
+            f"model is {recipe['name']!r} in the saved tickets, which rtl.models does not have: pass model="
+        )
     model: nn.Module = getattr(rtl.models, recipe["name"])(**recipe["arguments"])
     return model

@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -68,7 +69,7 @@ def map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[
     started: set[Connection] = set()
     finished = False
     try:
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
+        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"), _interrupts_held():
             for number in range(min(run.workers, len(items))):
                 ours, theirs = context.Pipe()
                 name = f"{label}-worker-{number}"
@@ -194,6 +195,20 @@ def _died(process: BaseProcess, started: bool) -> ChildProcessError:
     if not started:
         advice += '; it had not started: a script needs `if __name__ == "__main__":` around what it runs'
     return ChildProcessError(f"{process.name} (pid {process.pid}) died with {how}: {advice}")
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; processes started in it never see one, not even while they import."""
+    if not hasattr(signal, "pthread_sigmask"):  # not a Unix
+        yield
+        return
+    resource_tracker.ensure_running()  # or the first process starts it, which unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

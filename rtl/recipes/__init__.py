@@ -43,9 +43,9 @@ def cifar10(protocol: str = "reduced") -> Classification:
         seeds=(0,),
         methods=METHODS,
         sparsities=(0.5, 0.75) if reduced else (0.25, 0.5, 0.75),
-        remove=8192 if reduced else 4096,
+        remove=12288 if reduced else 4096,
         round_epochs=10 if protocol == "paper" else 1,
-        retrain_epochs=5 if reduced else 10,
+        retrain_epochs=4 if reduced else 10,
         batch_size=320,
         lr=1e-3 if reduced else 1e-4,
     )

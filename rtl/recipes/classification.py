@@ -21,7 +21,7 @@ from rtl.diagnose import diagnose, similarity
 from rtl.errors import InputError
 from rtl.evaluate import evaluate
 from rtl.extract import Extraction, PrunePlan, extract_all
-from rtl.fit import Fit
+from rtl.fit import Fit, masked_copy
 from rtl.partition import Partition, by_label, whole
 from rtl.retrain import retrain
 from rtl.run import Artefact, Run
@@ -84,11 +84,11 @@ class Classification:
     def plan(self) -> PrunePlan:
         return PrunePlan(self.remove, max(self.sparsities), self.sparsities)
 
-    @property
-    def variant(self) -> str:
-        """What differs from the defaults, as the results' "variant" says it."""
-        differs = (("schedule", "sequential"), ("batch_norm", "per_ticket"))
-        return ",".join(f"{name}={getattr(self, name)}" for name, default in differs if getattr(self, name) != default)
+    def variant(self, method: Method) -> str:
+        """What differs from the defaults in a method's training, as the results' "variant" says it."""
+        settings = {"rtl": ("schedule", "batch_norm"), "imp_multiple": ("batch_norm",)}.get(method, ())
+        defaults = {"schedule": "sequential", "batch_norm": "per_ticket"}
+        return ",".join(f"{name}={getattr(self, name)}" for name in settings if getattr(self, name) != defaults[name])
 
     def fit(self, method: Method, epochs: int) -> Fit:
         tickets = method in ("rtl", "imp_multiple")
@@ -110,11 +110,26 @@ def load(config: Classification, root: Path | None) -> tuple[Data, Data]:
         root: the data root, for data sets that need one; None: the environment variable RTL_DATA.
 
     Raises:
-        InputError: the data is not where it should be.
+        InputError: the data is not where it should be, or the recipe cannot be run on it.
     """
+    train, test = _read(config, root)
+    _check(config, train)
+    return train, test
+
+
+def _read(config: Classification, root: Path | None) -> tuple[Data, Data]:
     if config.dataset == "digits":
+        if config.train_files is not None:
+            raise InputError(f"train_files is {config.train_files}, but the digits are not in files: leave it out")
         return digits()
     return cifar10(data_root(root), parts=config.train_files)
+
+
+def _check(config: Classification, train: Data) -> None:
+    """Raise InputError, before anything is written, if the data has empty classes or no weight would be left."""
+    by_label(train)
+    net = masked_copy(new_model(config, train, Run(".")), 1, "shared")
+    config.plan.rounds(sum(bank.shape.numel() for bank in net.banks.values()))
 
 
 def new_model(config: Classification, data: Data, run: Run) -> nn.Module:
@@ -153,6 +168,8 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
         run: its folder. Refused if it holds another configuration.
         train, test: what `load` gives.
 
+    The first seed's networks of tickets are left in `tickets/SPARSITY`, as `TicketNetwork.from_pretrained` reads them.
+
     Returns:
         The rows of table.json, and the details: "per_class" metrics of every row, and the "similarity" matrices of the
         first seed's tickets by sparsity.
@@ -160,6 +177,7 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     Raises:
         InputError: see `Run.configure` and the method's own functions.
     """
+    _check(config, train)
     parts = by_label(train)
     run.configure(config)
     runs = {seed: run.child(f"seed-{seed}", seed) for seed in config.seeds}
@@ -195,6 +213,9 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
                 found[jobs[-1]] = tickets
     work = functools.partial(_retrain_and_evaluate, jobs, test)
     evaluations = run.map(work, range(len(jobs)), label="retrain and evaluate")
+    for job in jobs:
+        if job.method == "rtl" and job.run.seed == config.seeds[0]:
+            job.networks()[0].save_pretrained(run.path / "tickets" / f"{job.masks.sparsity:g}")
     rows = [_row(job, found[job], done.info) for job, done in zip(jobs, evaluations, strict=True)]
     names = {"class_names": parts.names}
     per_class = [
@@ -236,7 +257,7 @@ def _row(job: _Job, tickets: Tickets, evaluation: Mapping[str, Any]) -> Row:
     return {
         "method": job.method,
         "protocol": job.config.protocol,
-        "variant": job.config.variant if job.method in ("rtl", "imp_multiple") else "",
+        "variant": job.config.variant(job.method),
         "sparsity": level,
         "seed": job.run.seed,
         "params": evaluation["params"],

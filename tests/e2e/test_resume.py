@@ -1,0 +1,214 @@
+"""`rtl run digits`, stopped at any moment, finishes with the bytes of a run that was not."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+
+OPTIONS = "--seeds 0 --sparsities 0.3 0.5 --remove 0.3 --round-epochs 1 --retrain-epochs 1 --batch-size 128"
+COMMAND = [sys.executable, "-m", "rtl.cli", "run", "digits", *OPTIONS.split(), "--workers", "2", "--out", "run"]
+DEADLINE = 300  # seconds
+
+
+class Command:
+    """The command in a folder of its own, in a process group of its own."""
+
+    def __init__(self, folder):
+        folder.mkdir(exist_ok=True)
+        self.run = folder / "run"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            COMMAND,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def wait_for(self, pattern, number):
+        """Wait until that many files are there."""
+        self._wait(lambda: len(list(self.run.glob(pattern))) >= number)
+
+    def wait_for_processes(self, number):
+        self._wait(lambda: len(self.group()) >= number)
+
+    def _wait(self, reached):
+        end = time.monotonic() + DEADLINE
+        while not reached():
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.002)
+
+    def stop(self, sent):
+        """Send SIGINT to the group, as a terminal does, or SIGKILL to the command alone; say how it ended."""
+        found = {"processes": len(self.group())}
+        (os.killpg if sent == signal.SIGINT else os.kill)(self.process.pid, sent)
+        found["code"], found["out"], found["err"] = self.finish()
+        end = time.monotonic() + 20
+        while self.group() and time.monotonic() < end:
+            time.sleep(0.05)
+        return found | {"left": self.group()}
+
+    def group(self):
+        """Processes of the command that are alive."""
+        alive = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[2]) == self.process.pid and fields[0] not in "ZX":
+                    alive.append(int(stat.parent.name))
+        return alive
+
+    def finish(self):
+        out, err = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, out, err
+
+
+def finish(folder):
+    with Command(folder) as command:
+        code, out, err = command.finish()
+    assert code == 0, err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    out, _ = finish(folder)
+    return folder / "run", out
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def contents(run):
+    """Every file of a run but its lock: bytes, without the fields and the column named seconds."""
+    found = {}
+    for file in sorted(run.rglob("*")):
+        name = str(file.relative_to(run))
+        if file.is_dir() or name == ".lock":
+            continue
+        found[name] = file.read_bytes()
+        if file.suffix == ".json":
+            found[name] = json.dumps(without_seconds(json.loads(found[name])))
+        elif file.suffix == ".md":
+            found[name] = [line.split("|")[:-2] for line in found[name].decode().splitlines()]
+    return found
+
+
+def kinds(names):
+    return {re.sub(r"[0-9]+", "N", name) for name in names}
+
+
+STOPS = {  # where in the run -> the signal it gets there
+    "workers start": signal.SIGINT,
+    "early extraction": signal.SIGKILL,
+    "extraction": signal.SIGINT,
+    "retraining": signal.SIGKILL,
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """One run stopped at four moments and then finished: its folder, and how each stop went."""
+    folder, moments, stops = tmp_path_factory.mktemp("interrupted"), random.Random(20260122), {}
+    rounds, networks = "seed-0/*/extract/*/round-*.json", "seed-0/**/network.json"
+    reached = {
+        "workers start": ("seed-0/*/extract/config.json", 2),
+        "early extraction": (rounds, moments.randrange(1, 6)),
+        "extraction": (rounds, moments.randrange(8, 12)),
+        "retraining": (networks, moments.randrange(3, 14)),
+    }
+    for moment, (pattern, number) in reached.items():
+        with Command(folder) as command:
+            command.wait_for(pattern, number)
+            if moment == "workers start":
+                command.wait_for_processes(3)
+            else:
+                time.sleep(moments.random() * 0.3)
+            stops[moment] = command.stop(STOPS[moment])
+            stops[moment]["finished"] = (command.run / "table.json").exists()
+    finish(folder)
+    return folder / "run", stops
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_bytes_of_an_uninterrupted_run(interrupted, uninterrupted):
+    expected, found = contents(uninterrupted[0]), contents(interrupted[0])
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], name
+    assert {
+        "table.json",
+        "details.json",
+        "table.md",
+        "config.json",
+        "figures/metric.png",
+        "figures/similarity.png",
+        "figures/similarity-by-depth-N.N.png",
+        "seed-N/rtl/extract/N/round-N.safetensors",
+        "seed-N/imp_single/extract/all/round-N.safetensors",
+        "seed-N/rtl/retrain/N.N/network.safetensors",
+        "seed-N/imp_multiple/N/retrain/N.N/network.safetensors",
+        "seed-N/dense/retrain/N/network.safetensors",
+    } <= kinds(found)
+
+
+@pytest.mark.slow
+def test_every_stop_came_before_the_end_and_left_no_results(interrupted):
+    for moment in STOPS:
+        assert interrupted[1][moment]["finished"] is False
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_command_however_it_ends(interrupted):
+    for moment in STOPS:
+        assert interrupted[1][moment]["processes"] >= 3  # the command and its two workers
+        assert interrupted[1][moment]["left"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [m for m, sent in STOPS.items() if sent == signal.SIGINT])
+def test_ctrl_c_ends_with_status_130_and_one_line_that_it_resumes(interrupted, moment):
+    stop = interrupted[1][moment]
+    assert stop["code"] == 130
+    assert stop["err"].splitlines()[-1] == "rtl: interrupted; the same command resumes"
+    assert "Traceback" not in stop["err"]
+    assert stop["out"] == ""
+
+
+@pytest.mark.slow
+def test_the_command_prints_one_table_of_every_method_at_every_sparsity(uninterrupted):
+    run, out = uninterrupted
+    lines = out.splitlines()
+    for method, count in (("RTL", 2), ("IMP single", 2), ("IMP multiple", 2), ("dense", 1)):
+        assert sum(bool(re.match(rf"│ {method} +│", line)) for line in lines) == count
+    for heading in ("BA thr.", "BA argmax", "similarity", "#Params"):
+        assert heading in out
+    rows = json.loads((run / "table.json").read_text())["rows"]
+    assert len(rows) == 7
+    assert f"{rows[0]['params']:,}" in out
+    assert lines[-1].endswith(": run")

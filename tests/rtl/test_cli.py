@@ -1,0 +1,277 @@
+"""rtl.cli: four commands; what is wrong is said in one line with status 2, and nothing is written."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from test_report import row
+from toys import tree
+
+import rtl.cli
+from rtl.cli import main
+from rtl.recipes import recipe
+from rtl.report import environment, markdown, summary, write_results
+from rtl.run import Run
+
+ROOT = os.environ.get("RTL_DATA")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory, and no data root."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RTL_DATA", raising=False)
+    return tmp_path
+
+
+def call(capsys, *arguments):
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # --help
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def finished(folder):
+    table = {
+        "recipe": "digits",
+        "command": "rtl run digits",
+        "environment": environment(),
+        "rows": [row(), row(seed=1)],
+    }
+    write_results(folder, table, {"class_names": [], "per_class": []})
+    return table
+
+
+# Help and lists
+
+
+@pytest.mark.parametrize("command", ["", "ls", "show", "run", "run digits", "run cifar10", "report"])
+def test_help_has_an_example(capsys, command):
+    code, out, err = call(capsys, *command.split(), "--help")
+    assert code == 0
+    assert err == ""
+    assert f"example: rtl {command.split(maxsplit=1)[0] if command else 'run'}" in out
+
+
+def test_the_recipes_own_help_lists_every_setting_with_its_default(capsys):
+    _, out, _ = call(capsys, "run", "digits", "--help")
+    for option in ("--seeds", "--sparsities", "--remove", "--lr", "--schedule", "--out", "--data", "--workers"):
+        assert option in out
+    assert "0.002" in out
+
+
+def test_ls_lists_recipes_and_says_how_to_start(capsys):
+    code, out, err = call(capsys, "ls")
+    assert (code, err) == (0, "")
+    assert "  digits " in out
+    assert "  cifar10 " in out
+    assert "try: rtl run digits" in out
+
+
+def test_ls_says_which_runs_are_finished(capsys, folder):
+    for name in ("done", "half"):
+        Run(folder / "runs" / name).configure({"a": 1})
+    finished(folder / "runs" / "done")
+    _, out, _ = call(capsys, "ls")
+    lines = [line.split(maxsplit=1) for line in out.split("runs:\n")[1].splitlines()]
+    assert lines == [["runs/done", "finished"], ["runs/half", "unfinished, run again to resume"]]
+
+
+def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
+    code, out, err = call(capsys, "show", "cifar10", "--protocol", "paper")
+    assert (code, err) == (0, "")
+    assert "CIFAR-10" in out
+    config = recipe("cifar10", "paper")
+    for name in ("remove", "round_epochs", "lr", "train_files"):
+        assert [name, str(getattr(config, name))] in [line.split() for line in out.splitlines()]
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "required: ls | show | run | report"),
+        ("bogus", "'bogus'"),
+        ("ls extra", "unrecognized arguments: extra"),
+        ("show", "required: recipe (rtl show --help"),
+        ("show nope", "recipe is 'nope', expected one of digits, cifar10"),
+        ("show digits --protocol paper", "protocol is 'paper', expected one of quick"),
+        ("run", "no recipe is given, expected one of digits, cifar10: for example rtl run digits"),
+        ("run --lr 1", "no recipe is given"),
+        ("run nope", "recipe is 'nope', expected one of digits, cifar10"),
+        ("run digits --bogus 1", "--bogus"),
+        ("run digits extra", "extra"),
+        ("run digits --epochs 3", "--epochs"),
+        ("run digits --protocol nope", "protocol is 'nope', expected one of quick"),
+        ("run digits --protocol", "--protocol"),
+        ("run cifar10 --protocol=fast", "protocol is 'fast', expected one of reduced, quick, paper"),
+        ("run digits --seeds x", "--seeds"),
+        ("run digits --seeds", "seeds is (), expected one or more different values"),
+        ("run digits --seeds 1 1", "seeds is (1, 1), expected one or more different values"),
+        ("run digits --sparsities 0.5 1.0", "1.0, expected a sparsity in [0, 1)"),
+        ("run digits --sparsities 0.99999", "leaves none of 32400 weights"),
+        ("run digits --remove 0", "remove is 0"),
+        ("run digits --lr 0", "lr is 0.0"),
+        ("run digits --lr nan", "lr is nan"),
+        ("run digits --batch-size 0", "batch_size is 0"),
+        ("run digits --round-epochs 0", "epochs is 0"),
+        ("run digits --schedule mixd", "'mixd'"),
+        ("run digits --methods magic", "'magic'"),
+        ("run digits --workers 0", "workers is 0"),
+        ("run digits --train-files 2", "train_files is 2, but the digits are not in files"),
+        ("run digits --recipe mine", "recipe is 'mine', but rtl run digits runs 'digits'"),
+        ("run digits --out file", "path is 'file', a file"),
+        ("run digits --out file/below", "Not a directory: file"),
+        ("run cifar10", "no data root: give one (--data DIR), or set the environment variable RTL_DATA"),
+        ("run cifar10 --data nowhere", "the data root is 'nowhere', which does not exist"),
+        ("run cifar10 --data file", "the data root is 'file', which is not a folder"),
+        ("run cifar10 --data empty", "no CIFAR-10 in 'empty'"),
+        ("report", "required: RUN (rtl report --help"),
+        ("report nowhere", "run is 'nowhere', which holds no finished results"),
+        ("report empty", "run is 'empty', which holds no finished results"),
+        ("report file", "run is 'file', which holds no finished results"),
+        ("report done --to file", "give another path"),
+        ("report empty --bogus", "--bogus"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_status_2_and_nothing_is_written(capsys, folder, command, message):
+    (folder / "file").write_text("x")
+    (folder / "empty").mkdir()
+    finished(folder / "done")
+    before = tree(folder), sorted(folder.rglob("*"))
+    code, out, err = call(capsys, *command.split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("rtl: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert (tree(folder), sorted(folder.rglob("*"))) == before
+
+
+def test_more_training_files_than_there_are_is_refused(capsys, monkeypatch, folder):
+    if not ROOT or not (Path(ROOT) / "cifar10").is_dir():
+        pytest.skip("needs CIFAR-10: set RTL_DATA to a data root that holds cifar10")
+    code, _, err = call(capsys, "run", "cifar10", "--data", ROOT, "--train-files", "9")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "parts is 9, but" in err
+    assert tree(folder) == {}
+
+
+def test_a_changed_recipe_in_an_existing_run_is_refused_and_the_run_unharmed(capsys, folder):
+    Run(folder / "runs/digits").configure(recipe("digits"))
+    finished(folder / "runs/digits")
+    before = tree(folder)
+    code, out, err = call(capsys, "run", "digits", "--lr", "0.5", "--seeds", "7")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "lr was 0.002, now 0.5; seeds was [0, 1, 2], now [7]: use another --out or delete the folder" in err
+    assert {name: data for name, data in tree(folder).items() if not name.endswith(".lock")} == before
+
+
+def test_a_run_that_another_process_holds_is_refused(capsys, folder):
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with Run(folder / "held").lock():
+            os.write(theirs, b"x")
+            signal.pause()
+    try:
+        os.read(ours, 1)
+        code, _, err = call(capsys, "run", "digits", "--out", "held")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert code == 2
+    assert f"which process {child} is using: wait for it or use another --out" in err
+
+
+# Report
+
+
+def test_report_prints_the_command_the_environment_and_the_table(capsys, folder):
+    table = finished(folder / "done")
+    before = tree(folder)
+    code, out, err = call(capsys, "report", "done")
+    assert (code, err) == (0, "")
+    assert "rtl run digits" in out
+    assert "0.900 ± 0.000" in out
+    assert all(name in out for name in ("RTL", "BA thr.", "#Params"))
+    assert tree(folder) == before
+    assert (folder / "done/table.md").read_text() == markdown(summary(table["rows"]))
+
+
+def test_a_narrow_terminal_gets_the_table_in_parts_and_every_figure_whole(capsys, folder, monkeypatch):
+    finished(folder / "done")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal's
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call(capsys, "report", "done")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    table = [line for line in plain.splitlines() if line[:1] in "┏┃┡│└"]
+    assert max(map(len, table)) <= 80
+    assert "…" not in plain
+    head, line = summary([row(), row(seed=1)])
+    assert all(text in plain for text in (*head, *line))
+    assert sum(line.startswith("│ RTL ") for line in table) == 2
+
+
+def test_report_draws_the_figures_again(capsys, folder):
+    finished(folder / "done")
+    before = tree(folder)
+    (folder / "done/figures/metric.png").unlink()
+    call(capsys, "report", "done")
+    assert tree(folder) == before
+
+
+def test_report_writes_results_and_the_configuration_elsewhere(capsys, folder):
+    table = finished(folder / "done")
+    Run(folder / "done").configure({"lr": 1})
+    code, *_ = call(capsys, "report", "done", "--to", "results/digits")
+    assert code == 0
+    assert json.loads((folder / "results/digits/table.json").read_text()) == table
+    written = {
+        str(f.relative_to(folder / "results/digits")) for f in (folder / "results/digits").rglob("*") if f.is_file()
+    }
+    assert written == {"table.json", "details.json", "table.md", "figures/metric.png", "config.json"}
+
+
+def test_report_of_an_unfinished_run_says_to_finish_it(capsys, folder):
+    Run(folder / "half").configure(recipe("digits"))
+    code, out, err = call(capsys, "report", "half")
+    assert (code, out) == (2, "")
+    assert "finish `rtl run`" in err
+
+
+# How it ends
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "rtl: interrupted; the same command resumes\n"),
+        (ChildProcessError("worker 7 died: run again to resume"), 1, "rtl: worker 7 died: run again to resume\n"),
+        (PermissionError(13, "Permission denied", "/there"), 2, "rtl: Permission denied: /there: give another path\n"),
+    ],
+)
+def test_what_stops_a_command_is_said_in_one_line(capsys, monkeypatch, error, code, message):
+    def stopped(_):
+        raise error
+
+    monkeypatch.setattr(rtl.cli, "_dispatch", stopped)
+    assert call(capsys, "ls") == (code, "", message)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def bug(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rtl.cli, "_dispatch", bug)
+    with pytest.raises(ZeroDivisionError):
+        main(["ls"])

@@ -1,0 +1,97 @@
+"""rtl.plots: what the figures show, read from the figures themselves."""
+
+import matplotlib
+import pytest
+import torch
+from test_report import row
+
+from rtl import plots
+from rtl.diagnose import Similarity
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+def level(value, k=3, layers=6):
+    matrix = torch.full((k, k), value, dtype=torch.float64).fill_diagonal_(1)
+    return Similarity(tuple("abc"[:k]), matrix, {f"layer{i}": matrix * (i + 1) / layers for i in range(layers)})
+
+
+def lines(axis):
+    return {line.get_label(): line for line in axis.get_lines()}
+
+
+def test_a_metric_is_its_mean_over_seeds_against_sparsity_with_dense_as_a_level():
+    rows = [
+        row(m, s, seed, accuracy=0.1 * seed + s / 10)
+        for m in ("rtl", "imp_single")
+        for seed in (1, 3)
+        for s in (0.5, 0.9)
+    ]
+    rows.append(row("dense", 0.0, accuracy=0.7))
+    figure = plots.metric_against_sparsity(rows, {"accuracy": "accuracy", "balanced_accuracy.threshold": "BA"})
+    assert [axis.get_title() for axis in figure.axes] == ["accuracy", "BA"]
+    drawn = lines(figure.axes[0])
+    assert drawn.keys() == {"RTL", "IMP single", "dense"}
+    assert list(drawn["RTL"].get_xdata()) == [0.5, 0.9]
+    assert list(drawn["RTL"].get_ydata()) == pytest.approx([0.25, 0.29])
+    assert list(drawn["dense"].get_ydata()) == [0.7, 0.7]
+    assert len(figure.axes[0].collections) == 2  # the range over seeds
+
+
+def test_one_seed_at_one_sparsity_is_drawn():
+    figure = plots.metric_against_sparsity([row()], {"accuracy": "accuracy"})
+    assert list(lines(figure.axes[0])["RTL"].get_ydata()) == [0.9]
+
+
+def test_similarity_is_a_line_for_each_ticket_and_what_chance_gives():
+    figure = plots.similarity_against_sparsity({0.75: level(0.4), 0.5: level(0.6)})
+    drawn = lines(figure.axes[0])
+    assert drawn.keys() == {"a", "b", "c", "independent masks"}
+    assert list(drawn["b"].get_xdata()) == [0.5, 0.75]
+    assert list(drawn["b"].get_ydata()) == pytest.approx([0.6, 0.4])
+    chance = drawn["independent masks"].get_ydata()
+    assert chance[0] == pytest.approx(0.5 / (2 - 0.5))
+    assert chance[-1] == pytest.approx(0.25 / (2 - 0.25))
+
+
+def test_similarity_by_depth_shows_all_layers_together_and_some_from_the_first_to_the_last():
+    figure = plots.similarity_by_depth(level(0.5), 0.75)
+    panels = [axis for axis in figure.axes if axis.get_images()]
+    titles = [axis.get_title() for axis in panels]
+    assert titles[0] == "all layers"
+    assert titles[1] == "layer0"
+    assert titles[-1] == "layer5"
+    assert len(titles) == 5
+    assert float(panels[-1].get_images()[0].get_array()[0, 1]) == 0.5
+    assert all(axis.get_images()[0].get_clim() == (0, 1) for axis in panels)
+
+
+@pytest.mark.parametrize(("k", "layers"), [(1, 1), (2, 2), (3, 1)])
+def test_few_tickets_and_few_layers_are_drawn(k, layers, tmp_path):
+    plots.save(plots.similarity_by_depth(level(0.5, k, layers), 0.5), tmp_path / "depth.png")
+    plots.save(plots.similarity_against_sparsity({0.5: level(0.5, k, layers)}), tmp_path / "similarity.png")
+    assert (tmp_path / "depth.png").stat().st_size > 5000
+
+
+def test_more_tickets_than_named_colours_are_told_apart():
+    matrix = torch.eye(12, dtype=torch.float64)
+    many = Similarity(tuple("abcdefghijkl"), matrix, {"w": matrix})
+    drawn = plots.similarity_against_sparsity({0.5: many}).axes[0].get_lines()
+    assert len({line.get_color() for line in drawn}) == 13
+
+
+def test_equal_figures_are_equal_files_and_are_closed(tmp_path):
+    import matplotlib.pyplot as plt
+
+    for name in ("one", "two"):
+        plots.save(plots.metric_against_sparsity([row()], {"accuracy": "accuracy"}), tmp_path / f"{name}.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert plt.get_fignums() == []

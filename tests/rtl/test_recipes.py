@@ -1,0 +1,324 @@
+"""rtl.recipes and rtl.baselines: one θ0, equal numbers of samples, masks shared by IMP multiple and nothing else."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import blobs, flat_masks, mlp, quiet, tree
+
+import rtl
+from rtl import baselines
+from rtl.data import digits
+from rtl.errors import InputError
+from rtl.evaluate import evaluate
+from rtl.extract import Extraction, PrunePlan, extract
+from rtl.fit import Fit, digest
+from rtl.partition import by_label, whole
+from rtl.recipes import RECIPES, Classification, recipe
+from rtl.recipes.classification import METHODS, load, new_model, run_classification
+from rtl.retrain import retrain
+from rtl.tasks import MultiClass
+
+# Baselines
+
+PLAN = PrunePlan(20, 0.75, (0.25, 0.75))
+FIT = Fit(epochs=1, batch_size=16, lr=0.02)
+SINGLE = Fit(epochs=2, batch_size=16, lr=0.02, task=MultiClass(), batch_norm="shared")
+
+
+def test_imp_single_is_algorithm_1_with_all_data_in_one_subset(tmp_path):
+    parts = by_label(blobs())
+    found = baselines.imp_single(mlp(), parts, PLAN, SINGLE, quiet(tmp_path / "a"))
+    expected = extract(mlp(), whole(parts.data), PLAN, SINGLE, quiet(tmp_path / "b"))
+    assert found.names == ("all",)
+    for level in (0.25, 0.75):
+        assert torch.equal(flat_masks(found.at(level)), flat_masks(expected.at(level)))
+    assert found.at(0.75).params == 18
+
+
+def test_imp_multiple_is_each_ticket_retrained_alone_from_theta0_with_the_tickets_own_mask(tmp_path):
+    parts, run = by_label(blobs()), quiet(tmp_path)
+    masks = extract(mlp(), parts, PLAN, FIT, run).at(0.75)
+    nets = [baselines.imp_multiple(mlp(), masks, parts, FIT, run, name) for name in masks.names]
+    for k, net in enumerate(nets):
+        assert (net.names, net.outputs) == ((masks.names[k],), (k,))
+        assert net.params == 18
+        for layer, bank in masks.banks.items():
+            assert torch.equal(net.net.banks[layer].dense(0), bank.dense(k))
+        alone = retrain(mlp(), masks.only(masks.names[k]), parts, FIT, quiet(tmp_path / "alone" / str(k)))
+        assert digest(net.state_dict()) == digest(alone.state_dict())
+    weights = [torch.cat([m.weight.detach().flatten() for m in net.net.masked_modules().values()]) for net in nets]
+    both = flat_masks(masks)[0] & flat_masks(masks)[1]
+    assert (weights[0] != weights[1])[both].any()  # where both keep a weight, each has its own
+
+
+def test_imp_multiple_of_an_unknown_ticket_is_refused(tmp_path):
+    parts, run = by_label(blobs()), quiet(tmp_path)
+    masks = extract(mlp(), parts, PLAN, FIT, run).at(0.75)
+    with pytest.raises(InputError, match="ticket is 'z', expected one of a, b, c"):
+        baselines.imp_multiple(mlp(), masks, parts, FIT, run, "z")
+
+
+def test_dense_keeps_every_weight(tmp_path):
+    parts = by_label(blobs())
+    net = baselines.dense(mlp(), parts, SINGLE, quiet(tmp_path))
+    assert net.params == 72
+    assert net.sparsity == 0
+    assert net.samples == 2 * 120
+    assert evaluate(net, parts.data).metrics["accuracy"] > 0.4
+
+
+# The recipes
+
+
+def test_every_recipe_and_protocol_is_a_frozen_configuration_under_its_own_name():
+    for name, make in RECIPES.items():
+        config = recipe(name)
+        assert config == make()
+        assert config.recipe == name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.lr = 1.0
+        assert make.__doc__
+    assert recipe("cifar10", "quick").protocol == "quick"
+
+
+def test_the_papers_protocol_is_the_papers():
+    config = recipe("cifar10", "paper")
+    assert (config.model, config.train_files, config.remove, config.sparsities) == (
+        "ghostnet",
+        None,
+        4096,
+        (0.25, 0.5, 0.75),
+    )
+    rtl_fit, single = config.fit("rtl", config.round_epochs), config.fit("imp_single", config.round_epochs)
+    assert (rtl_fit.epochs, rtl_fit.batch_size, rtl_fit.lr) == (10, 320, 1e-4)
+    assert (single.epochs, single.batch_size, single.lr) == (20, 320, 1e-4)
+    assert config.retrain_epochs == 10
+    kept = config.plan.rounds(125_832)
+    assert kept[0] == 125_832 - 4096
+    assert {94_374, 62_916, 31_458} <= set(kept)  # the paper's 94.4K, 62.9K, 31.5K
+
+
+def test_the_digits_recipe_is_the_demo():
+    config = recipe("digits")
+    assert (config.sparsities, config.seeds, config.methods) == ((0.5, 0.75, 0.9), (0, 1, 2), METHODS)
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol", "message"),
+    [
+        ("digit", None, "recipe is 'digit', expected one of digits, cifar10"),
+        ("digits", "paper", "protocol is 'paper', expected one of quick"),
+        ("cifar10", "fast", "protocol is 'fast', expected one of reduced, quick, paper"),
+    ],
+)
+def test_an_unknown_recipe_or_protocol_is_refused(name, protocol, message):
+    with pytest.raises(InputError, match=message):
+        recipe(name, protocol)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seeds": ()}, "seeds is \\(\\), expected one or more different values"),
+        ({"seeds": (0, 0)}, "seeds is"),
+        ({"methods": ("rtl", "magic")}, "methods holds 'magic', expected some of rtl, imp_single"),
+        ({"sparsities": (0.5, 1.0)}, "until is 1.0"),
+        ({"sparsities": (-0.5, 0.5)}, "report_at is -0.5"),
+        ({"remove": 0}, "remove is 0"),
+        ({"round_epochs": 0}, "epochs is 0"),
+        ({"retrain_epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_a_bad_setting_is_refused_when_the_configuration_is_made(changed, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(recipe("digits"), **changed)
+
+
+def test_a_variant_names_what_differs_for_the_methods_it_differs_for():
+    assert recipe("digits").variant("rtl") == ""
+    config = dataclasses.replace(recipe("digits"), schedule="mixed", batch_norm="shared")
+    assert config.variant("rtl") == "schedule=mixed,batch_norm=shared"
+    assert config.variant("imp_multiple") == "batch_norm=shared"
+    assert config.variant("imp_single") == config.variant("dense") == ""
+    assert config.fit("rtl", 1).schedule == "mixed"
+    assert config.fit("imp_multiple", 1).schedule == "sequential"
+
+
+def test_training_files_of_data_without_files_are_refused():
+    with pytest.raises(InputError, match="train_files is 1, but the digits are not in files"):
+        load(dataclasses.replace(recipe("digits"), train_files=1), None)
+
+
+def test_more_training_files_than_there_are_is_refused():
+    root = os.environ.get("RTL_DATA")
+    if not root or not (Path(root) / "cifar10").is_dir():
+        pytest.skip("needs CIFAR-10: set RTL_DATA to a data root that holds cifar10")
+    with pytest.raises(InputError, match=r"parts is 9, but .* has 5 train"):
+        load(dataclasses.replace(recipe("cifar10"), train_files=9), None)
+
+
+# A whole experiment
+
+SMALL = dataclasses.replace(
+    recipe("digits"), seeds=(0, 1), sparsities=(0.5, 0.3), remove=0.5, round_epochs=1, retrain_epochs=1, batch_size=32
+)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Two seeds of all methods on 60 digits of each of three classes: folder, data, rows, details."""
+    train, test = (d.select((d.targets < 3).nonzero().flatten()[:180]) for d in digits())
+    train, test = (dataclasses.replace(d, class_names=("0", "1", "2")) for d in (train, test))
+    run = quiet(tmp_path_factory.mktemp("experiment"), workers=1)
+    return run, train, test, *run_classification(SMALL, run, train, test)
+
+
+def rows(experiment, **wanted):
+    return [r for r in experiment[3] if all(r[key] == value for key, value in wanted.items())]
+
+
+def test_there_is_a_row_for_every_seed_method_and_sparsity(experiment):
+    found = [(r["seed"], r["method"], r["sparsity"]) for r in experiment[3]]
+    levels = {m: [0.0] if m == "dense" else [0.3, 0.5] for m in METHODS}
+    assert found == [(seed, m, level) for seed in (0, 1) for m in METHODS for level in levels[m]]
+
+
+def test_rtl_and_both_imp_baselines_are_presented_with_equally_many_samples(experiment):
+    for level in (0.3, 0.5):
+        counts = {m: rows(experiment, method=m, sparsity=level, seed=0)[0]["samples"] for m in METHODS[:3]}
+        assert counts["imp_multiple"] == pytest.approx(counts["rtl"], rel=0.05)  # cyclic repetition of the last batch
+        assert counts["imp_single"] == pytest.approx(counts["rtl"], rel=0.05)
+    extraction = {"rtl": 0, "imp_single": 0}
+    for method in extraction:
+        for file in experiment[0].path.glob(f"seed-0/{method}/extract/*/round-*.json"):
+            extraction[method] += json.loads(file.read_text())["info"]["samples"]
+    assert extraction["rtl"] == pytest.approx(extraction["imp_single"], rel=0.01)
+
+
+def test_dense_is_retrained_on_as_many_samples_and_extracted_on_none(experiment):
+    run = experiment[0].path / "seed-0"
+    networks = {m: next(run.glob(f"{m}/retrain/*/network.json")) for m in ("dense", "imp_single")}
+    counts = {m: json.loads(file.read_text())["info"]["samples"] for m, file in networks.items()}
+    assert counts["dense"] == counts["imp_single"] == rows(experiment, method="dense", seed=0)[0]["samples"]
+
+
+def test_all_methods_of_a_seed_start_at_the_same_theta0_and_seeds_differ(experiment):
+    found = {}
+    for file in sorted(experiment[0].path.rglob("config.json")):
+        config = json.loads(file.read_text())
+        if "theta0" in config:
+            found.setdefault(file.relative_to(experiment[0].path).parts[0], set()).add(config["theta0"])
+    assert {len(v) for v in found.values()} == {1}
+    assert found["seed-0"] != found["seed-1"]
+
+
+def test_params_are_the_union_the_one_mask_the_sum_and_everything(experiment):
+    run, train, *_ = experiment
+    seed = run.child("seed-0", 0)
+    model = new_model(SMALL, train, seed)
+    tickets = Extraction(model, by_label(train), SMALL.plan, SMALL.fit("rtl", 1), seed.child("rtl")).tickets()
+    for level, keep in ((0.3, 22_680), (0.5, 16_200)):
+        params = {m: rows(experiment, method=m, sparsity=level, seed=0)[0]["params"] for m in METHODS[:3]}
+        assert params["rtl"] == int(flat_masks(tickets.at(level)).any(0).sum())
+        assert keep < params["rtl"] < 3 * keep
+        assert params["imp_single"] == keep
+        assert params["imp_multiple"] == 3 * keep
+    assert rows(experiment, method="dense")[0]["params"] == 32_400
+
+
+def test_imp_multiple_shares_the_tickets_masks_and_no_weight(experiment):
+    run = experiment[0].path / "seed-0"
+    together = load_file(run / "rtl/retrain/0.5/network.safetensors")
+    alone = [load_file(run / f"imp_multiple/{k}/retrain/0.5/network.safetensors") for k in range(3)]
+    masks = [name for name in together if name.endswith("mask_words")]
+    assert len(masks) == 4
+    for name in masks:
+        assert torch.equal(together[name], torch.cat([net[name] for net in alone]))
+    name = masks[-1].replace("mask_words", "weight")
+    assert not any(torch.equal(a[name], b[name]) for a, b in zip([together, *alone], [*alone, together], strict=True))
+    assert not (run / "imp_multiple/extract").exists()
+
+
+def test_metrics_are_the_vocabularys_and_those_of_the_saved_network(experiment):
+    run, train, test, found, _ = experiment
+    rules = {f"{m}.{r}" for m in ("balanced_accuracy", "precision", "recall") for r in ("threshold", "argmax")}
+    for row in found:
+        similarity = {"similarity"} if row["method"] in ("rtl", "imp_multiple") else set()
+        assert row["metrics"].keys() == rules | {"accuracy"} | similarity
+        assert all(math.isfinite(v) for v in row["metrics"].values())
+    seed = run.child("seed-1", 1)
+    model, fit = new_model(SMALL, train, seed), SMALL.fit("rtl", 1)
+    masks = Extraction(model, by_label(train), SMALL.plan, fit, seed.child("rtl")).tickets().at(0.5)
+    net = retrain(model, masks, by_label(train), fit, seed.child("rtl"))
+    row = rows(experiment, method="rtl", sparsity=0.5, seed=1)[0]
+    assert evaluate(net, test).metrics.items() <= row["metrics"].items()
+    assert (
+        row["metrics"]["similarity"]
+        == rtl.diagnose(Extraction(model, by_label(train), SMALL.plan, fit, seed.child("rtl")).tickets())[0.5].mean
+    )
+
+
+def test_details_hold_per_class_metrics_of_every_row_and_the_first_seeds_similarity(experiment):
+    _, _, _, found, details = experiment
+    assert details["class_names"] == ("0", "1", "2")
+    for row, own in zip(found, details["per_class"], strict=True):
+        assert (own["method"], own["sparsity"], own["seed"]) == (row["method"], row["sparsity"], row["seed"])
+        assert sum(own["recall.argmax"]) / 3 == pytest.approx(row["metrics"]["recall.argmax"])
+    assert list(details["similarity"]) == ["0.3", "0.5"]
+    assert len(details["similarity"]["0.5"]["by_layer"]) == 4
+
+
+def test_running_again_loads_everything(experiment):
+    run, train, test, found, details = experiment
+    before = tree(run.path)
+    assert run_classification(SMALL, run, train, test) == (found, details)
+    assert tree(run.path) == before
+
+
+def test_another_configuration_in_the_same_run_is_refused_and_the_old_run_unharmed(experiment):
+    run, train, test, *_ = experiment
+    before = tree(run.path)
+    with pytest.raises(
+        InputError, match=r"config differs from .*config.json: lr was 0\.002, now 0\.1: use another --out"
+    ):
+        run_classification(dataclasses.replace(SMALL, lr=0.1), run, train, test)
+    assert tree(run.path) == before
+
+
+def test_other_data_in_the_same_run_is_refused(experiment):
+    run, train, test, *_ = experiment
+    other = dataclasses.replace(train, inputs=train.inputs.flip(0))
+    with pytest.raises(InputError, match=r"data was .*, now .*use another --out"):
+        run_classification(SMALL, run, other, test)
+
+
+def test_what_would_leave_no_weight_is_refused_before_anything_is_written(tmp_path, experiment):
+    _, train, test, *_ = experiment
+    with pytest.raises(InputError, match="leaves none of 32400 weights"):
+        run_classification(dataclasses.replace(SMALL, sparsities=(0.99999,)), quiet(tmp_path), train, test)
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("methods", [("imp_multiple",), ("dense",), ("imp_single", "rtl")])
+def test_methods_can_be_left_out(tmp_path, experiment, methods):
+    _, train, test, all_rows, _ = experiment
+    config = dataclasses.replace(SMALL, seeds=(0,), methods=methods)
+    found, details = run_classification(config, quiet(tmp_path), train, test)
+    assert {r["method"] for r in found} == set(methods)
+    for row in found:  # and change nothing about the others
+        (same,) = [
+            r for r in all_rows if (r["method"], r["sparsity"], r["seed"]) == (row["method"], row["sparsity"], 0)
+        ]
+        assert row["metrics"] == same["metrics"]
+    assert ("similarity" in details) == (methods != ("dense",))
+
+
+def test_configurations_are_classifications():
+    assert all(isinstance(make(), Classification) for make in RECIPES.values())

@@ -38,6 +38,10 @@ class Runner {
   }
 
   void run(const Parallel& parallel) {
+    if (weight_bound()) {
+      run_by_rows(parallel);
+      return;
+    }
     parallel(int64_t(units_.size()), [this](int64_t begin, int64_t end) { Worker(*this).work(begin, end); });
   }
 
@@ -126,6 +130,133 @@ class Runner {
   const T* bias(const Segment& segment, int64_t group) const {
     if (!call_.bias) return nullptr;
     return call_.bias + std::max<int64_t>(0, segment.mask) * call_.bias_stride + group * plan_.rows;
+  }
+
+  // A wide linear layer on few samples reads more weights than inputs: then all of x is packed first, and each chunk of
+  // the weight's rows passes all masks while it lies in L2. 2048 → 2048, 64 samples, 4 masks: 64 MB from L3 become 16.
+  static constexpr int64_t kChunkBytes = 128 << 10;
+
+  bool weight_bound() const {
+    const int64_t weights = plan_.group_weights() * int64_t(sizeof(T));
+    int64_t columns = 0;
+    for (const Unit& unit : units_) columns += unit.strip.samples;
+    return in_ == 1 && out_ == 1 && plan_.groups == 1 && weights > 2 * kChunkBytes &&
+           columns * plan_.channels * int64_t(sizeof(T)) <= 16 * weights;
+  }
+
+  void run_by_rows(const Parallel& parallel) {
+    const int64_t L = k_.lanes, channels = plan_.channels;
+    std::vector<int64_t> at(units_.size() + 1, 0);
+    for (size_t u = 0; u < units_.size(); ++u) at[u + 1] = at[u] + units_[u].strip.samples * channels;
+    Scratch all;
+    T* x = all.take<T>(at.back());
+    parallel(int64_t(units_.size()), [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> place(channels);
+      for (int64_t u = begin; u < end; ++u) {
+        const Unit& unit = units_[u];
+        for (int64_t c = 0; c < channels; ++c) place[c] = c * unit.strip.samples;
+        for (int64_t lane = 0; lane < unit.strip.samples; lane += L) {
+          const int64_t here = std::min(L, unit.count - lane);
+          T* from[64];
+          for (int64_t s = 0; s < here; ++s) from[s] = const_cast<T*>(input(unit.start + lane + s));
+          k_.to_lanes({from, here, channels, x + at[u] + lane, place.data()});
+        }
+      }
+    });
+    // A tile of the weight, rows × inputs, stays in L2 while every mask passes it, and a mask's tile of x in L1.
+    int64_t most = 1, tile_inputs = channels;
+    for (const Segment& segment : segments_) {
+      most = std::max(most, segment.structure->at(plan_, 0, 0).tiles);
+      tile_inputs = std::min(tile_inputs, segment.structure->tile_inputs);
+    }
+    const int64_t rows = std::max<int64_t>(
+        64, kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, plan_.scatter ? channels : tile_inputs) / 16 * 16);
+    const int64_t chunks = (plan_.rows + rows - 1) / rows;
+    parallel(chunks, [&](int64_t begin, int64_t end) {
+      Scratch turned, results;
+      std::vector<int64_t> place(rows);
+      T* y = results.take<T>(rows * at.back() / std::max<int64_t>(1, channels));
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t row = chunk * rows, here = std::min(rows, plan_.rows - row);
+        T* w = plan_.scatter ? turned.take<T>(here * channels) : nullptr;
+        for (int64_t step = 0; step < most; ++step) {
+          int64_t turned_mask = -2;
+          for (size_t u = 0; u < units_.size(); ++u) {
+            const Unit& unit = units_[u];
+            const Segment& segment = segments_[unit.segment];
+            Multiply<T> m{};
+            m.kept = segment.structure->at(plan_, 0, 0);
+            m.kept.counts += row / kBlockRows * 16;
+            const int64_t tiles = m.kept.tiles;
+            m.kept.first_tile = tiles * step / most;
+            m.kept.tiles = tiles * (step + 1) / most;
+            m.x = x + at[u];
+            m.x_stride = unit.strip.samples;
+            m.w = weight(segment, 0) + row * plan_.row_stride();
+            m.w_stride = plan_.channel_stride();
+            m.w_row = plan_.row_stride();
+            if (chunk + 1 < end && !call_.weight_stride)
+              prefetch(row + rows, std::min(rows, plan_.rows - row - rows), step * units_.size() + u,
+                       most * units_.size());
+            if (plan_.scatter) {
+              // Columns of the weight, a power of two apart as often as not, would fall on the same few lines of L2.
+              const int64_t mask = call_.weight_stride ? segment.mask : -1;
+              if (turned_mask != mask && (step == 0 || mask >= 0)) turn(m.w, here, w);
+              turned_mask = mask;
+              m.w = w;
+              m.w_stride = 1;
+              m.w_row = channels;
+            }
+            m.bias = call_.bias ? bias(segment, 0) + row : nullptr;
+            m.rows = here;
+            m.y = y + at[u] / std::max<int64_t>(1, channels) * rows;
+            m.y_row = unit.strip.samples;
+            m.columns = granules(unit.count);
+            m.segments = 1;
+            k_.multiply(m);
+          }
+        }
+        for (size_t u = 0; u < units_.size(); ++u) {
+          const Unit& unit = units_[u];
+          const int64_t columns = unit.strip.samples;
+          for (int64_t r = 0; r < here; ++r) place[r] = r * columns;
+          for (int64_t lane = 0; lane < unit.count; lane += L) {
+            T* to[64];
+            const int64_t count = std::min(L, unit.count - lane);
+            for (int64_t s = 0; s < count; ++s) to[s] = output(unit.start + lane + s) + row;
+            k_.from_lanes({to, count, here, y + at[u] / std::max<int64_t>(1, channels) * rows + lane, place.data()});
+          }
+        }
+      }
+    });
+  }
+
+  // Part `part` of `parts` of the weight's rows [row, row + rows) into L2, while the chunk before them is computed. The
+  // kernels' own order would find them in DRAM one line at a time: 6 GB/s instead of 22.
+  void prefetch(int64_t row, int64_t rows, int64_t part, int64_t parts) const {
+    const int64_t stride = plan_.scatter ? plan_.channel_stride() : plan_.row_stride();
+    const int64_t lines = plan_.scatter ? plan_.channels : rows, length = plan_.scatter ? rows : plan_.channels;
+    const char* from = reinterpret_cast<const char*>(call_.weight + row * plan_.row_stride());
+    for (int64_t l = lines * part / parts; l < lines * (part + 1) / parts; ++l)
+      for (int64_t b = 0; b < length * int64_t(sizeof(T)); b += 64)
+        __builtin_prefetch(from + l * stride * int64_t(sizeof(T)) + b, 0, 2);
+  }
+
+  int64_t granules(int64_t columns) const { return (columns + k_.granule - 1) / k_.granule * k_.granule; }
+
+  // Rows [0, rows) of a scatter's weight, which lie across it, one after the other.
+  void turn(const T* from, int64_t rows, T* to) const {
+    const int64_t L = k_.lanes, channels = plan_.channels, stride = plan_.channel_stride();
+    std::vector<int64_t> place(rows);
+    for (int64_t r = 0; r < rows; ++r) place[r] = r * channels;
+    int64_t c = 0;
+    for (; c + L <= channels; c += L) {
+      T* lines[64];
+      for (int64_t l = 0; l < L; ++l) lines[l] = const_cast<T*>(from + (c + l) * stride);
+      k_.to_lanes({lines, L, rows, to + c, place.data()});
+    }
+    for (; c < channels; ++c)
+      for (int64_t r = 0; r < rows; ++r) to[r * channels + c] = from[c * stride + r];
   }
 
   class Worker {
@@ -266,9 +397,10 @@ class Runner {
           m.y_segment = m.columns;
           if (m.columns == line) m.columns *= height, m.segments = 1;
           m.y_row = height * width * strip.unit();
+          if (job_.out_ == 1 && job_.in_ == 1) m.columns = job_.granules(unit.count);
         } else {
           m.columns = (unit.count - 1) * strip.sample_plane(plan_) + (height - 1) * plan_.plane_width() + width;
-          m.columns = (m.columns + k_.lanes - 1) / k_.lanes * k_.lanes;
+          m.columns = job_.granules(m.columns);
           m.segments = 1;
           m.y_row = m.columns;
         }

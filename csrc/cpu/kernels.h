@@ -26,6 +26,7 @@ struct Kept {
   int64_t tiles;
   int64_t tile_inputs;
   int64_t blocks;
+  int64_t first_tile;  // of Multiply: tiles before it have been added to y already
 };
 
 // y[r][c] = b[r] + Σ_{kept (r, j)} w[r, j] · x[j][c] for columns 0..columns of every segment.
@@ -42,7 +43,7 @@ struct Multiply {
   int64_t rows;
   T* y;
   int64_t y_row;
-  int64_t columns;      // a multiple of the lanes
+  int64_t columns;      // a multiple of the granule
   int64_t segments;     // runs of columns, x_segment and y_segment apart
   int64_t x_segment;
   int64_t y_segment;
@@ -110,6 +111,7 @@ struct Filter {
 template <class T>
 struct Kernels {
   int lanes;
+  int granule;        // of Multiply's columns: the lanes, or half of them
   int block_columns;  // columns held in registers at once
   void (*multiply)(const Multiply<T>&);
   void (*correlate)(const Correlate<T>&);

@@ -28,6 +28,33 @@ RTL_INLINE typename Vector<T>::type splat(T value) {
   return value - typename Vector<T>::type{};
 }
 
+// Half a vector, where that costs half as much (512-bit operations are two halves inside): ragged groups end in one.
+#if RTL_VECTOR_BYTES == 64
+constexpr bool kHalves = true;
+#else
+constexpr bool kHalves = false;
+#endif
+template <class T>
+struct Half {
+  typedef T type __attribute__((vector_size(RTL_VECTOR_BYTES / 2), aligned(sizeof(T)), may_alias));
+};
+
+RTL_INLINE Half<float>::type low(const Vector<float>::type& v) {
+#if RTL_VECTOR_BYTES == 64
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return *reinterpret_cast<const Half<float>::type*>(&v);
+#endif
+}
+
+RTL_INLINE Half<double>::type low(const Vector<double>::type& v) {
+#if RTL_VECTOR_BYTES == 64
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3);
+#else
+  return *reinterpret_cast<const Half<double>::type*>(&v);
+#endif
+}
+
 template <class T>
 RTL_INLINE T total(typename Vector<T>::type v) {
   // Halves onto one another, so the order of additions is fixed.
@@ -43,25 +70,35 @@ RTL_INLINE T total(typename Vector<T>::type v) {
 
 // ---- y = w · x
 
-// Inputs of one pattern over V vectors of columns. With few columns a row's sum would wait for the 4 cycles of each
-// multiply-add, so U independent sums take turns; they are added in a fixed order at the end.
-template <class T, int V, int U, int P, bool Table>
-RTL_INLINE void bucket(typename Vector<T>::type (&sum)[U][kBlockRows][V], const Multiply<T>& m, const Offset* table,
-                       const T* x, const T* w, const uint16_t*& index, uint32_t count) {
+// Sums of four rows over V vectors of columns and, with H, half a vector.
+template <class T, int V, int H>
+struct Sums {
+  typename Vector<T>::type full[kBlockRows][V ? V : 1];
+  typename Half<T>::type half[kBlockRows];
+};
+
+// Inputs of one pattern. With few columns a row's sum would wait for the 4 cycles of each multiply-add, so U independent
+// sums take turns; they are added in a fixed order at the end.
+template <class T, int V, int H, int U, int P, bool Table>
+RTL_INLINE void bucket(Sums<T, V, H> (&sum)[U], const Multiply<T>& m, const Offset* table, const T* x, const T* w,
+                       const uint16_t*& index, uint32_t count) {
   constexpr int L = Vector<T>::lanes;
   const int64_t row = m.w_row;
-  auto one = [&](uint32_t j, typename Vector<T>::type(&to)[kBlockRows][V]) __attribute__((always_inline)) {
+  auto one = [&](uint32_t j, Sums<T, V, H>& to) __attribute__((always_inline)) {
     const T* xj = x + (Table ? table[j].x : int64_t(j) * m.x_stride);
     const T* wj = w + (Table ? table[j].w : int64_t(j) * m.w_stride);
-    typename Vector<T>::type column[V];
+    typename Vector<T>::type column[V ? V : 1];
+    typename Half<T>::type rest{};
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) column[v] = load(xj + v * L);
+    if (H) rest = *reinterpret_cast<const typename Half<T>::type*>(xj + V * L);
 #pragma GCC unroll 4
     for (int r = 0; r < kBlockRows; ++r) {
       if (P >> r & 1) {
         const typename Vector<T>::type value = splat(wj[r * row]);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) to[r][v] += value * column[v];
+        for (int v = 0; v < V; ++v) to.full[r][v] += value * column[v];
+        if (H) to.half[r] += low(value) * rest;
       }
     }
   };
@@ -75,7 +112,7 @@ RTL_INLINE void bucket(typename Vector<T>::type (&sum)[U][kBlockRows][V], const 
   for (; index != end; ++index) one(*index, sum[0]);
 }
 
-template <class T, int V, int U, bool Table>
+template <class T, int V, int H, int U, bool Table>
 __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t tile, const T* x, T* y) {
   constexpr int L = Vector<T>::lanes;
   const int64_t start = tile * m.kept.tile_inputs;
@@ -85,42 +122,55 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
     const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / kBlockRows) * 16;
     const uint16_t* index = m.kept.index + counts[0];
     const T* w = m.w + r0 * m.w_row + (Table ? 0 : start * m.w_stride);
-    typename Vector<T>::type sum[U][kBlockRows][V];
+    Sums<T, V, H> sum[U];
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-      for (int r = 0; r < kBlockRows; ++r)
+      for (int r = 0; r < kBlockRows; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sum[u][r][v] = typename Vector<T>::type{};
-    bucket<T, V, U, 1, Table>(sum, m, table, x, w, index, counts[1]);
-    bucket<T, V, U, 2, Table>(sum, m, table, x, w, index, counts[2]);
-    bucket<T, V, U, 3, Table>(sum, m, table, x, w, index, counts[3]);
-    bucket<T, V, U, 4, Table>(sum, m, table, x, w, index, counts[4]);
-    bucket<T, V, U, 5, Table>(sum, m, table, x, w, index, counts[5]);
-    bucket<T, V, U, 6, Table>(sum, m, table, x, w, index, counts[6]);
-    bucket<T, V, U, 7, Table>(sum, m, table, x, w, index, counts[7]);
-    bucket<T, V, U, 8, Table>(sum, m, table, x, w, index, counts[8]);
-    bucket<T, V, U, 9, Table>(sum, m, table, x, w, index, counts[9]);
-    bucket<T, V, U, 10, Table>(sum, m, table, x, w, index, counts[10]);
-    bucket<T, V, U, 11, Table>(sum, m, table, x, w, index, counts[11]);
-    bucket<T, V, U, 12, Table>(sum, m, table, x, w, index, counts[12]);
-    bucket<T, V, U, 13, Table>(sum, m, table, x, w, index, counts[13]);
-    bucket<T, V, U, 14, Table>(sum, m, table, x, w, index, counts[14]);
-    bucket<T, V, U, 15, Table>(sum, m, table, x, w, index, counts[15]);
+        for (int v = 0; v < V; ++v) sum[u].full[r][v] = typename Vector<T>::type{};
+        if (H) sum[u].half[r] = typename Half<T>::type{};
+      }
+    bucket<T, V, H, U, 1, Table>(sum, m, table, x, w, index, counts[1]);
+    bucket<T, V, H, U, 2, Table>(sum, m, table, x, w, index, counts[2]);
+    bucket<T, V, H, U, 3, Table>(sum, m, table, x, w, index, counts[3]);
+    bucket<T, V, H, U, 4, Table>(sum, m, table, x, w, index, counts[4]);
+    bucket<T, V, H, U, 5, Table>(sum, m, table, x, w, index, counts[5]);
+    bucket<T, V, H, U, 6, Table>(sum, m, table, x, w, index, counts[6]);
+    bucket<T, V, H, U, 7, Table>(sum, m, table, x, w, index, counts[7]);
+    bucket<T, V, H, U, 8, Table>(sum, m, table, x, w, index, counts[8]);
+    bucket<T, V, H, U, 9, Table>(sum, m, table, x, w, index, counts[9]);
+    bucket<T, V, H, U, 10, Table>(sum, m, table, x, w, index, counts[10]);
+    bucket<T, V, H, U, 11, Table>(sum, m, table, x, w, index, counts[11]);
+    bucket<T, V, H, U, 12, Table>(sum, m, table, x, w, index, counts[12]);
+    bucket<T, V, H, U, 13, Table>(sum, m, table, x, w, index, counts[13]);
+    bucket<T, V, H, U, 14, Table>(sum, m, table, x, w, index, counts[14]);
+    bucket<T, V, H, U, 15, Table>(sum, m, table, x, w, index, counts[15]);
 #pragma GCC unroll 4
     for (int r = 0; r < kBlockRows; ++r) {
       if (r0 + r < m.rows) {
         T* out = y + (r0 + r) * m.y_row;
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
-          typename Vector<T>::type s = sum[0][r][v];
+          typename Vector<T>::type s = sum[0].full[r][v];
 #pragma GCC unroll 4
-          for (int u = 1; u < U; ++u) s += sum[u][r][v];
+          for (int u = 1; u < U; ++u) s += sum[u].full[r][v];
           if (tile)
             s += load(out + v * L);
           else if (m.bias)
             s += splat(m.bias[r0 + r]);
           store(out + v * L, s);
+        }
+        if (H) {
+          typename Half<T>::type* end = reinterpret_cast<typename Half<T>::type*>(out + V * L);
+          typename Half<T>::type s = sum[0].half[r];
+#pragma GCC unroll 4
+          for (int u = 1; u < U; ++u) s += sum[u].half[r];
+          if (tile)
+            s += *end;
+          else if (m.bias)
+            s += low(splat(m.bias[r0 + r]));
+          *end = s;
         }
       }
     }
@@ -135,25 +185,41 @@ constexpr int kVectors = 2;  // 8 sums, 2 inputs and a weight of 16 registers; 3
 
 template <class T, bool Table>
 void multiply_segment(const Multiply<T>& m, const T* x, T* y) {
-  constexpr int L = Vector<T>::lanes;
+  constexpr int L = Vector<T>::lanes, kGranule = kHalves ? L / 2 : L;
   int64_t c = 0;
   while (c < m.columns) {
-    const int64_t left = (m.columns - c) / L;
+    const int64_t left = m.columns - c;
     // 7 or 8 vectors go as 4 + 3 or 4 + 4: 6 + 1 would leave a lone vector that waits for its own sums.
-    const int64_t take = left <= kVectors ? left : left < 2 * kVectors - 1 && kVectors == 6 && left < 9 ? 4 : kVectors;
-    for (int64_t t = 0; t < m.kept.tiles; ++t) {
-      switch (take) {
-        case 1: multiply_columns<T, 1, RTL_REGISTERS >= 32 ? 4 : 2, Table>(m, t, x + c, y + c); break;
-        case 2: multiply_columns<T, 2, RTL_REGISTERS >= 32 ? 2 : 1, Table>(m, t, x + c, y + c); break;
-#if RTL_REGISTERS >= 32
-        case 3: multiply_columns<T, 3, 1, Table>(m, t, x + c, y + c); break;
-        case 4: multiply_columns<T, 4, 1, Table>(m, t, x + c, y + c); break;
-        case 5: multiply_columns<T, 5, 1, Table>(m, t, x + c, y + c); break;
-        default: multiply_columns<T, 6, 1, Table>(m, t, x + c, y + c); break;
+    const int64_t take = left <= kVectors * L ? left : kVectors == 6 && left <= 8 * L ? 4 * L : kVectors * L;
+    for (int64_t t = m.kept.first_tile; t < m.kept.tiles; ++t) {
+      switch (take / kGranule) {
+#if RTL_VECTOR_BYTES == 64
+        case 1: multiply_columns<T, 0, 1, 4, Table>(m, t, x + c, y + c); break;
+        case 2: multiply_columns<T, 1, 0, 4, Table>(m, t, x + c, y + c); break;
+        case 3: multiply_columns<T, 1, 1, 2, Table>(m, t, x + c, y + c); break;
+        case 4: multiply_columns<T, 2, 0, 2, Table>(m, t, x + c, y + c); break;
+        case 5: multiply_columns<T, 2, 1, 1, Table>(m, t, x + c, y + c); break;
+        case 6: multiply_columns<T, 3, 0, 1, Table>(m, t, x + c, y + c); break;
+        case 7: multiply_columns<T, 3, 1, 1, Table>(m, t, x + c, y + c); break;
+        case 8: multiply_columns<T, 4, 0, 1, Table>(m, t, x + c, y + c); break;
+        case 9: multiply_columns<T, 4, 1, 1, Table>(m, t, x + c, y + c); break;
+        case 10: multiply_columns<T, 5, 0, 1, Table>(m, t, x + c, y + c); break;
+        case 11: multiply_columns<T, 5, 1, 1, Table>(m, t, x + c, y + c); break;
+        default: multiply_columns<T, 6, 0, 1, Table>(m, t, x + c, y + c); break;
+#elif RTL_REGISTERS >= 32
+        case 1: multiply_columns<T, 1, 0, 4, Table>(m, t, x + c, y + c); break;
+        case 2: multiply_columns<T, 2, 0, 2, Table>(m, t, x + c, y + c); break;
+        case 3: multiply_columns<T, 3, 0, 1, Table>(m, t, x + c, y + c); break;
+        case 4: multiply_columns<T, 4, 0, 1, Table>(m, t, x + c, y + c); break;
+        case 5: multiply_columns<T, 5, 0, 1, Table>(m, t, x + c, y + c); break;
+        default: multiply_columns<T, 6, 0, 1, Table>(m, t, x + c, y + c); break;
+#else
+        case 1: multiply_columns<T, 1, 0, 2, Table>(m, t, x + c, y + c); break;
+        default: multiply_columns<T, 2, 0, 1, Table>(m, t, x + c, y + c); break;
 #endif
       }
     }
-    c += take * L;
+    c += take;
   }
 }
 
@@ -461,8 +527,8 @@ void filter(const Filter<T>& m) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {Vector<T>::lanes, kVectors * Vector<T>::lanes, multiply<T>, correlate<T>, outer<T>,
-          to_lanes<T>,      from_lanes<T>,               filter<T>};
+  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
+          multiply<T>,      correlate<T>, outer<T>, to_lanes<T>, from_lanes<T>, filter<T>};
 }
 
 }  // namespace RTL_LEVEL

@@ -205,6 +205,11 @@ class Packer {
     return shifted_.data();
   }
 
+  template <int Step>
+  static void every(T* __restrict to, const T* __restrict from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * Step];
+  }
+
   void pack_pixels(const T* const* rows, int64_t count) {
     const int64_t width = plan_.in[1], image = plan_.in[0] * width, across = plan_.plane_width();
     const int64_t sh = plan_.plane_stride[0], sw = plan_.plane_stride[1], left = plan_.lead[1];
@@ -226,8 +231,11 @@ class Packer {
             // Pixels w with (w + left) mod sw = b, the first of them at or after 0.
             const int64_t w0 = ((b - left) % sw + sw) % sw;
             T* run = out + b * strip_.plane(plan_) + (w0 + left) / sw;
-            const int64_t most = across - (w0 + left) / sw;
-            for (int64_t i = 0; i < most && w0 + i * sw < width; ++i) run[i] = line[w0 + i * sw];
+            const int64_t count = std::min(across - (w0 + left) / sw, (width - w0 + sw - 1) / sw);
+            if (sw == 2)
+              every<2>(run, line + w0, count);
+            else
+              for (int64_t i = 0; i < count; ++i) run[i] = line[w0 + i * sw];
           }
         }
       }

@@ -15,11 +15,11 @@ namespace {
 // Inputs a tile. Long buckets keep the 15 loops of a block predictable, short tiles keep the inputs in L1: the sparser
 // the mask the longer, since a block then touches each input less often.
 int64_t tile_inputs(const Plan& plan, int64_t kept) {
-  const int64_t inputs = plan.channels * plan.taps;
+  const int64_t inputs = std::max<int64_t>(1, plan.channels * plan.taps);
   const int64_t weights = plan.groups * plan.rows * inputs;
-  int64_t tile = kept * 100 >= weights * 60 ? 256 : kept * 100 >= weights * 35 ? 384 : 512;
-  if (plan.taps > 1) tile = kept * 100 >= weights * 35 ? 288 : 576;
-  return tile;
+  const int64_t most = plan.taps > 1 ? (kept * 100 >= weights * 35 ? 288 : 576) : kept * 100 >= weights * 35 ? 320 : 512;
+  const int64_t tiles = (inputs + most - 1) / most;
+  return (inputs + tiles - 1) / tiles;
 }
 
 int64_t weight_rows(const Plan& plan) { return plan.groups * (plan.scatter ? plan.channels : plan.rows); }

@@ -23,7 +23,7 @@ struct Structure {
   Kept at(const Plan& plan, int64_t group, int64_t phase) const {
     const Part& part = parts[group * plan.phases.size() + phase];
     const int64_t blocks = (plan.rows + kBlockRows - 1) / kBlockRows;
-    return {counts.data() + part.counts, index.data() + part.index, part.tiles, tile_inputs, blocks};
+    return {counts.data() + part.counts, index.data() + part.index, part.tiles, tile_inputs, blocks, 0};
   }
 };
 

@@ -12,7 +12,7 @@ struct Segment {
   std::shared_ptr<const Structure> structure;
 };
 
-enum class Path { kInPlace, kStrip, kFilter };
+enum class Path { kInPlace, kStrip, kFilter, kFew };
 
 // A piece of work that writes outputs no other piece does, so that threads can take them in any order.
 struct Unit {
@@ -32,7 +32,9 @@ class Runner {
       const int64_t start = batch.offsets[g] * batch.inner, stop = batch.offsets[g + 1] * batch.inner;
       if (stop == start) continue;
       const uint32_t* words = g ? masks.words + (g - 1) * masks.mask_words : nullptr;
-      segments_.push_back({g - 1, start, stop, depthwise() ? nullptr : structure_of(plan, words, masks.row_words)});
+      segments_.push_back({g - 1, start, stop, nullptr});
+      if (!depthwise() && !few(segments_.back()))
+        segments_.back().structure = structure_of(plan, words, masks.row_words);
       divide(int64_t(segments_.size()) - 1);
     }
   }
@@ -57,6 +59,12 @@ class Runner {
            (in_ * sizeof(T) % 4096 != 0 || plan_.channels <= 8);
   }
 
+  // A group of a few samples fills a quarter of a vector at best, while the weights it reads are those of a full one: up
+  // to 4 samples every weight is taken, in whole vectors, with the mask's bits applied.
+  bool few(const Segment& segment) const {
+    return in_ == 1 && out_ == 1 && !plan_.scatter && segment.stop - segment.start <= 4;
+  }
+
   // What one group of samples is divided into depends on its size and the shapes alone.
   void divide(int64_t s) {
     const int64_t L = k_.lanes;
@@ -74,6 +82,14 @@ class Runner {
       for (int64_t i = 0; i < count; ++i) units_.push_back({s, start + i, 1, Path::kInPlace, {}});
       return;
     }
+    if (few(segments_[s])) {
+      // Rows in pieces of about 256 KiB of weights, for threads to share.
+      const int64_t each = std::max<int64_t>(64, (int64_t(256) << 10) / int64_t(sizeof(T)) /
+                                                     std::max<int64_t>(1, plan_.channels) / 64 * 64);
+      for (int64_t r = 0; r < plan_.rows; r += each)
+        units_.push_back({s, start, count, Path::kFew, {r, std::min(each, plan_.rows - r), 0, true}});
+      return;
+    }
     if (in_ == 1 && out_ == 1) {
       const int64_t chunks = (count + k_.block_columns - 1) / k_.block_columns;
       const int64_t each = ((count + chunks - 1) / chunks + L - 1) / L * L;
@@ -87,7 +103,7 @@ class Runner {
     // Whole vectors of samples, several where a row of the plane alone would not fill the registers.
     const int64_t run = plan_.reach[1] == 0 ? height * width : width;
     const int64_t wide = std::max<int64_t>(1, std::min<int64_t>(4, 4 / std::max<int64_t>(1, run)));
-    while (count - done >= (L * 5 + 7) / 8) {
+    while (count > done && (count - done >= L || worth_lanes(plan_, count - done, L))) {
       int64_t samples = std::min(wide * L, (count - done) / L * L);
       if (samples < L) samples = L;
       const int64_t rows = strip_rows(plan_, samples, sizeof(T), 1 << 20, 4);
@@ -139,7 +155,10 @@ class Runner {
   bool weight_bound() const {
     const int64_t weights = plan_.group_weights() * int64_t(sizeof(T));
     int64_t columns = 0;
-    for (const Unit& unit : units_) columns += unit.strip.samples;
+    for (const Unit& unit : units_) {
+      if (unit.path != Path::kStrip) return false;
+      columns += unit.strip.samples;
+    }
     return in_ == 1 && out_ == 1 && plan_.groups == 1 && weights > 2 * kChunkBytes &&
            columns * plan_.channels * int64_t(sizeof(T)) <= 16 * weights;
   }
@@ -273,6 +292,8 @@ class Runner {
           in_place(unit, segment);
         else if (unit.path == Path::kFilter)
           filter(unit, segment);
+        else if (unit.path == Path::kFew)
+          few(unit, segment);
         else
           strip(unit, segment);
       }
@@ -296,6 +317,32 @@ class Runner {
         m.columns = pixels;
         m.segments = 1;
         k_.multiply(m);
+      }
+    }
+
+    void few(const Unit& unit, const Segment& segment) {
+      for (int64_t g = 0; g < plan_.groups; ++g) {
+        const T* x[8];
+        T* y[8];
+        const int64_t row = unit.strip.first;
+        for (int64_t s = 0; s < unit.count; ++s) {
+          x[s] = job_.input(unit.start + s) + g * plan_.channels;
+          y[s] = job_.output(unit.start + s) + g * plan_.rows + row;
+        }
+        Few<T> m{};
+        m.x = x;
+        m.y = y;
+        m.samples = unit.count;
+        m.inputs = plan_.channels;
+        m.rows = unit.strip.height;
+        if (segment.mask >= 0)
+          m.words = job_.masks_.words + segment.mask * job_.masks_.mask_words +
+                    (g * plan_.rows + row) * job_.masks_.row_words;
+        m.words_row = job_.masks_.row_words;
+        m.w = job_.weight(segment, g) + row * plan_.channels;
+        m.w_row = plan_.channels;
+        m.bias = job_.call_.bias ? job_.bias(segment, g) + row : nullptr;
+        k_.few(m);
       }
     }
 

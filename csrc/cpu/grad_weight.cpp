@@ -64,7 +64,7 @@ class Gradient {
     }
     const int64_t plane = plan_.plane_width() * (height + plan_.reach[0]);
     int64_t done = 0;
-    while (count - done >= (L * 5 + 7) / 8) {
+    while (count > done && (count - done >= L || worth_lanes(plan_, count - done, L))) {
       const int64_t here = std::min(L, count - done);
       strips(start + done, here, strip_rows(plan_, L, sizeof(T), 1 << 20, 4), L, true);
       done += here;

@@ -82,6 +82,21 @@ struct Outer {
   int64_t g_row;
 };
 
+// y[s][o] = b[o] + Σ_i m[o, i] w[o][i] · x[s][i] of a few samples: the mask's words applied to whole vectors of weights.
+template <class T>
+struct Few {
+  const T* const* x;
+  T* const* y;
+  int64_t samples;
+  int64_t inputs;
+  int64_t rows;
+  const uint32_t* words;  // or null
+  int64_t words_row;
+  const T* w;
+  int64_t w_row;
+  const T* bias;  // or null
+};
+
 // Samples as lanes: `count` <= lanes rows of `length` elements <-> one vector of lanes for every element, at
 // `place[e]` elements from `lanes_at` (lanes past `count` are written as zeros, and not read).
 template <class T>
@@ -116,6 +131,7 @@ struct Kernels {
   void (*multiply)(const Multiply<T>&);
   void (*correlate)(const Correlate<T>&);
   void (*outer)(const Outer<T>&);
+  void (*few)(const Few<T>&);
   void (*to_lanes)(const Lanes<T>&);
   void (*from_lanes)(const Lanes<T>&);
   void (*filter)(const Filter<T>&);

@@ -434,6 +434,109 @@ RTL_INLINE void transpose(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
   if constexpr (L > 8) transpose_step<T, 8>(v);
 }
 
+// ---- y = x · wᵀ of a few samples, inputs as lanes
+
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  typedef uint32_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
+};
+template <>
+struct Bits<double> {
+  typedef uint64_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
+};
+
+// The weights a vector's bits keep, zero elsewhere, whatever stands there.
+template <class T>
+RTL_INLINE typename Vector<T>::type keep(typename Vector<T>::type w, uint32_t bits) {
+  typedef typename Bits<T>::type B;
+  B lane;
+#pragma GCC unroll 16
+  for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
+  const B kept = (B)(((bits - B{}) & lane) != 0);
+  return (typename Vector<T>::type)((B)w & kept);
+}
+
+// R rows × S samples: as many sums as a vector has lanes, so that one transpose adds up the lanes of all of them.
+template <class T, int R, int S>
+RTL_INLINE void few_tile(const Few<T>& m, int64_t o, int64_t s0) {
+  constexpr int L = Vector<T>::lanes;
+  static_assert(R * S == L, "one sum a lane");
+  typename Vector<T>::type sum[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) sum[i] = typename Vector<T>::type{};
+  // Rows and samples that are not there repeat the last one; their sums are not stored.
+  const T* w[R];
+  const uint32_t* words[R];
+  const T* x[S];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = o + r < m.rows ? o + r : m.rows - 1;
+    w[r] = m.w + row * m.w_row;
+    words[r] = m.words ? m.words + row * m.words_row : nullptr;
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s) x[s] = m.x[s0 + s < m.samples ? s0 + s : m.samples - 1];
+  int64_t i = 0;
+  for (; i + L <= m.inputs; i += L) {
+    typename Vector<T>::type column[S];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) column[s] = load(x[s] + i);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      typename Vector<T>::type value = load(w[r] + i);
+      if (m.words) value = keep<T>(value, words[r][i / 32] >> (i % 32));
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) sum[r * S + s] += value * column[s];
+    }
+  }
+  if (i < m.inputs) {
+    T part[L];
+    typename Vector<T>::type column[S];
+    for (int s = 0; s < S; ++s) {
+      for (int l = 0; l < L; ++l) part[l] = i + l < m.inputs ? x[s][i + l] : T(0);
+      column[s] = load(part);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      for (int l = 0; l < L; ++l) part[l] = i + l < m.inputs ? w[r][i + l] : T(0);
+      typename Vector<T>::type value = load(part);
+      if (m.words) value = keep<T>(value, words[r][i / 32] >> (i % 32));
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) sum[r * S + s] += value * column[s];
+    }
+  }
+  transpose<T>(sum);
+#pragma GCC unroll 16
+  for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
+  T total[L];
+  store(total, sum[0]);
+  for (int r = 0; r < R && o + r < m.rows; ++r)
+    for (int s = 0; s < S && s0 + s < m.samples; ++s)
+      m.y[s0 + s][o + r] = total[r * S + s] + (m.bias ? m.bias[o + r] : T(0));
+}
+
+template <class T>
+void few(const Few<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  for (int64_t s = 0; s < m.samples;) {
+    const int64_t left = m.samples - s;
+    if (L >= 4 && left > 2) {
+      for (int64_t o = 0; o < m.rows; o += L / 4) few_tile<T, (L >= 4 ? L / 4 : L), (L >= 4 ? 4 : 1)>(m, o, s);
+      s += 4;
+    } else if (left == 2) {
+      for (int64_t o = 0; o < m.rows; o += L / 2) few_tile<T, L / 2, 2>(m, o, s);
+      s += 2;
+    } else {
+      for (int64_t o = 0; o < m.rows; o += L) few_tile<T, L, 1>(m, o, s);
+      s += 1;
+    }
+  }
+}
+
 template <class T>
 void to_lanes(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
@@ -528,7 +631,7 @@ void filter(const Filter<T>& m) {
 template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
-          multiply<T>,      correlate<T>, outer<T>, to_lanes<T>, from_lanes<T>, filter<T>};
+          multiply<T>,      correlate<T>, outer<T>, few<T>, to_lanes<T>, from_lanes<T>, filter<T>};
 }
 
 }  // namespace RTL_LEVEL

@@ -124,6 +124,14 @@ inline int64_t strip_rows(const Plan& plan, int64_t samples, int64_t element_byt
   return std::max(least, bytes / std::max<int64_t>(1, row));
 }
 
+// Whether `count` samples, less than a whole vector, are computed as lanes all the same: the wasted lanes against the
+// zeros between the planes of single samples, which are half and more of small ones.
+inline bool worth_lanes(const Plan& plan, int64_t count, int64_t lanes) {
+  const double places = double(plan.places[0]) * plan.places[1];
+  const double plane = double(plan.places[0] + plan.reach[0]) * plan.plane_width();
+  return count * plane >= 0.625 * lanes * places;
+}
+
 // Packs samples of x into strips. Zeros are laid once for each kind of strip; pixels then always fall on the same places.
 template <class T>
 class Packer {

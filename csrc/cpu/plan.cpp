@@ -8,6 +8,12 @@ Plan make_plan(bool scatter, int64_t groups, int64_t rows, int64_t channels, con
                const int64_t (&in)[2], const int64_t (&out)[2]) {
   Plan plan{};
   plan.scatter = scatter;
+  // A plane of a pointwise operator is one row of pixels: fewer, longer runs.
+  if (geometry.kernel[0] * geometry.kernel[1] == 1 && geometry.stride[0] * geometry.stride[1] == 1 &&
+      geometry.padding[0] == 0 && geometry.padding[1] == 0 && in[0] == out[0] && in[1] == out[1] && in[0] != 1) {
+    const int64_t row[2] = {1, in[0] * in[1]};
+    return make_plan(scatter, groups, rows, channels, geometry, row, row);
+  }
   plan.groups = groups;
   plan.rows = rows;
   plan.channels = channels;

@@ -128,8 +128,9 @@ def linear_rows(
     x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """`masked_linear` giving (rows, ..., O): what a wrapped model's layers hand to one another."""
+    _check_types(x, weight, bank, route, bias, 2)
     x, weight, bias = _autocast(x, weight, bias)
-    repeat = _check("masked_linear", x, weight, bank, route, bias, 2, weight.shape[-2])
+    repeat = _check(x, weight, bank, route, bias, bank.shape[0])
     if x.dim() < 2 or x.shape[-1] != bank.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ..., {bank.shape[1]})")
     return _run("masked_linear", x, weight, bank, route, bias, repeat, (), backend)
@@ -149,9 +150,10 @@ def conv2d_rows(
     backend: str = "auto",
 ) -> Tensor:
     """`masked_conv2d` giving (rows, O, H', W')."""
+    _check_types(x, weight, bank, route, bias, 4)
     x, weight, bias = _autocast(x, weight, bias)
-    out_channels, in_channels, *kernel = bank.shape if len(bank.shape) == 4 else (0, 0, 0, 0)
-    repeat = _check("masked_conv2d", x, weight, bank, route, bias, 4, out_channels)
+    out_channels, in_channels, *kernel = bank.shape
+    repeat = _check(x, weight, bank, route, bias, out_channels)
     _check_channels(x, in_channels * groups, groups, out_channels)
     strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     sides = _sides(padding, kernel, strides, dilations)
@@ -178,9 +180,10 @@ def conv_transpose2d_rows(
     backend: str = "auto",
 ) -> Tensor:
     """`masked_conv_transpose2d` giving (rows, O, H', W')."""
+    _check_types(x, weight, bank, route, bias, 4)
     x, weight, bias = _autocast(x, weight, bias)
-    in_channels, out_channels, *_ = bank.shape if len(bank.shape) == 4 else (0, 0, 0, 0)
-    repeat = _check("masked_conv_transpose2d", x, weight, bank, route, bias, 4, out_channels * groups)
+    in_channels, out_channels, *_ = bank.shape
+    repeat = _check(x, weight, bank, route, bias, out_channels * groups)
     _check_channels(x, in_channels, groups, in_channels)
     strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     pads, extra = _pair("padding", padding, 0), _pair("output_padding", output_padding, 0)
@@ -264,24 +267,21 @@ def _choose(operation: str, x: Tensor, weight: Tensor, backend: str) -> Explanat
 # ---- checks
 
 
-def _check(
-    operation: str,
-    x: Tensor,
-    weight: Tensor,
-    bank: MaskBank,
-    route: Route,
-    bias: Tensor | None,
-    dims: int,
-    out_channels: int,
-) -> int:
-    """Everything the operations have in common; returns how often x is repeated."""
+def _check_types(x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor | None, dims: int) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a Tensor")
     if not isinstance(bank, MaskBank):
         raise TypeError(f"bank is a {type(bank).__name__}, expected a MaskBank")
     if not isinstance(route, Route):
         raise TypeError(f"route is a {type(route).__name__}, expected a Route (Route.build(index, num_masks))")
     if len(bank.shape) != dims:
         raise ValueError(f"bank is of weights of shape {tuple(bank.shape)}, expected {dims} dimensions")
-    untied = weight.dim() == dims + 1
+
+
+def _check(x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor | None, out_channels: int) -> int:
+    """Everything the operations have in common; returns how often x is repeated."""
+    untied = weight.dim() == len(bank.shape) + 1
     if weight.shape != (bank.num_masks, *bank.shape) if untied else weight.shape != bank.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, but the bank's masks are of {tuple(bank.shape)}: expected that, "
@@ -313,9 +313,9 @@ def _check_channels(x: Tensor, in_channels: int, groups: int, divided: int) -> N
 
 
 def _pair(name: str, value: IntPair, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name} is {value}, expected one or two integers >= {least}")
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{name} is {value!r}, expected an integer >= {least} or two (height, width)")
     return pair
 
 
@@ -332,9 +332,10 @@ def _sides(
             raise ValueError(f"padding is 'same' with stride {stride}, expected stride 1")
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [side for t in total for side in (t // 2, t - t // 2)]
-    sides = [padding, padding] if isinstance(padding, int) else list(padding)
-    flat = [s for side in sides for s in ((side, side) if isinstance(side, int) else tuple(side))]
-    if len(sides) != 2 or len(flat) != 4 or min(flat) < 0:
+    sides = list(padding) if isinstance(padding, Sequence) else [padding, padding]
+    pairs: list[list[Any]] = [list(side) if isinstance(side, Sequence) else [side, side] for side in sides]
+    flat = [s for pair in pairs for s in pair]
+    if [len(pair) for pair in pairs] != [2, 2] or not all(isinstance(s, int) and s >= 0 for s in flat):
         raise ValueError(
             f"padding is {padding}, expected an integer >= 0, (height, width) or ((top, bottom), (left, right))"
         )

@@ -43,7 +43,7 @@ def popcount(words: Tensor) -> Tensor:
     w = words - ((words >> 1) & 0x55555555)
     w = (w & 0x33333333) + ((w >> 2) & 0x33333333)
     w = (w + (w >> 4)) & 0x0F0F0F0F
-    return ((w * 0x01010101) >> 24) & 0x3F
+    return (w * 0x01010101) >> 24
 
 
 class MaskBank:
@@ -56,7 +56,8 @@ class MaskBank:
 
     Raises:
         TypeError: `words` is not an int32 tensor.
-        ValueError: the shapes do not fit, K = 0, or a padding bit is set.
+        ValueError: the shapes do not fit, K = 0, or a padding bit is set (checked on the CPU; on a GPU it would
+            synchronise).
     """
 
     def __init__(self, words: Tensor, shape: Sequence[int]) -> None:
@@ -69,8 +70,17 @@ class MaskBank:
                 f"words has shape {tuple(words.shape)}, but masks over a weight of shape {tuple(shape)} take "
                 f"(K, {expected[1]}, {expected[2]}) with K >= 1"
             )
+        if words.device.type == "cpu" and has_padding_bits(words, shape):
+            raise ValueError(f"words has bits set behind the {row_bits(shape)} of a row, expected zeros there")
         self.words = words
         self.shape = shape
+
+    @classmethod
+    def unchecked(cls, words: Tensor, shape: torch.Size) -> MaskBank:
+        """The bank of words that are known to be right, such as a module's: it looks at no bit."""
+        bank = cls.__new__(cls)
+        bank.words, bank.shape = words, shape
+        return bank
 
     @classmethod
     def from_dense(cls, masks: Tensor) -> MaskBank:
@@ -190,7 +200,8 @@ def save_banks(banks: Mapping[str, MaskBank], path: str | os.PathLike[str]) -> N
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save_file(
-            {f"{name}.words": bank.words.cpu().contiguous() for name, bank in banks.items()},
+            # safetensors refuses tensors that share memory: two layers may have been given one bank.
+            {f"{name}.words": bank.words.to("cpu", copy=True).contiguous() for name, bank in banks.items()},
             partial,
             metadata={"mask_shapes": shapes},
         )
@@ -205,13 +216,20 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, MaskBank]:
         with safe_open(path, framework="pt") as file:
             shapes = json.loads(file.metadata()["mask_shapes"])
             return {name: MaskBank(file.get_tensor(f"{name}.words"), shape) for name, shape in shapes.items()}
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"path is {str(path)!r}, which is not a file of mask banks: {error}") from error
 
 
 def row_bits(shape: Sequence[int]) -> int:
     """Bits in one row of a mask: the elements of everything behind the weight's leading dimension."""
     return math.prod(shape[1:])
+
+
+def has_padding_bits(words: Tensor, shape: Sequence[int]) -> bool:
+    """Whether words (K, rows, W) of masks of `shape` have a bit set behind a row's last."""
+    used = row_bits(shape) % WORD_BITS
+    # The last word's bits from `used` on: its sign bit included, as the shift is arithmetic.
+    return used > 0 and bool((words[..., -1] >> used).any())
 
 
 def words_shape(num_masks: int, shape: Sequence[int]) -> tuple[int, int, int]:

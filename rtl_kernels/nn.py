@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from . import functional
 from .functional import _needs_gradient
-from .masks import MaskBank
+from .masks import MaskBank, has_padding_bits
 from .routing import Route
+from .shapes import statistics_dtype
 
 __all__ = [
     "MaskedConv2d",
@@ -42,13 +43,13 @@ class _Pass:
 
     def __init__(self) -> None:
         self.route: Route | None = None
-        # Which groups took part since the last optimiser step, bool (K + 1,), −1 first; kept if an optimiser asks.
-        self.recording = False
-        self.present: Tensor | None = None
+        # For each optimiser that asks: the groups seen since its last step, bool (K + 1,), −1 first; None: no batch.
+        self.seen: dict[int, Tensor | None] = {}
 
     def record(self, route: Route) -> None:
-        if self.recording and torch.is_grad_enabled():
-            self.present = route.present if self.present is None else self.present | route.present
+        if torch.is_grad_enabled():
+            for place, seen in self.seen.items():
+                self.seen[place] = route.present if seen is None else seen | route.present
 
 
 class _Routed:
@@ -95,7 +96,7 @@ class _Masked(_Routed):
     @property
     def bank(self) -> MaskBank:
         """The layer's masks. Assign a bank of as many masks over the same weight to replace them."""
-        return MaskBank(self.mask_words, self._mask_shape)
+        return MaskBank.unchecked(self.mask_words, self._mask_shape)
 
     @bank.setter
     def bank(self, bank: MaskBank) -> None:
@@ -113,13 +114,16 @@ class _Masked(_Routed):
             ones = MaskBank.ones(self.num_masks, self._mask_shape)
             state_dict[prefix + "mask_words"] = ones.words
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        if self.mask_words.device.type == "cpu" and has_padding_bits(self.mask_words, self._mask_shape):
+            errors: list[str] = args[-1]
+            errors.append(f"{prefix}mask_words has bits set behind the end of a row, expected zeros there")
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[misc]
         return f"{text}, num_masks={self.num_masks}" + (", untied" if self.untied else "")
 
 
-class MaskedLinear(_Masked, nn.Linear):
+class MaskedLinear(_Masked, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with K masks over its weight; see `functional.masked_linear` for shapes, dtypes and errors."""
 
     def __init__(
@@ -166,10 +170,19 @@ class MaskedConvTranspose2d(_Masked, nn.ConvTranspose2d):
         self._init_masks(num_masks)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, route: Route | None = None, output_size: list[int] | None = None
+        self, x: Tensor, route: Route | Sequence[int] | None = None, output_size: Sequence[int] | None = None
     ) -> Tensor:
+        if route is not None and not isinstance(route, Route):  # a converted model's call: torch's second argument
+            route, output_size = None, route
+        padding = cast(tuple[int, ...], self.padding)
         extra = self._output_padding(
-            x, output_size, list(self.stride), list(self.padding), list(self.kernel_size), 2, list(self.dilation)
+            x,
+            None if output_size is None else list(output_size),
+            list(self.stride),
+            list(padding),
+            list(self.kernel_size),
+            2,
+            list(self.dilation),
         )
         return functional.conv_transpose2d_rows(
             x,
@@ -178,7 +191,7 @@ class MaskedConvTranspose2d(_Masked, nn.ConvTranspose2d):
             self._route(route),
             self.bias,
             self.stride,
-            cast(Any, self.padding),
+            padding,
             extra,
             self.groups,
             self.dilation,
@@ -232,7 +245,7 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         for name in ("weight", "bias"):
             parameter = getattr(self, name)
             if parameter is not None:
-                setattr(self, name, nn.Parameter(_replicate(parameter.detach(), self.num_masks)))
+                setattr(self, name, _replicate_parameter(parameter, self.num_masks))
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """x (rows, C, H, W) -> the same shape. Called with a route of its own, x is in the order of the samples."""
@@ -251,16 +264,18 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
             if self.training and self.running_mean is not None:
                 self._track(mean, variance, route.present[1:])
             return y
-        # With fixed statistics a batch norm is a scale and a shift for each ticket and channel.
-        scale = torch.rsqrt(self.running_var + self.eps)
+        # With fixed statistics a batch norm is a scale and a shift for each ticket and channel. Half precision is
+        # widened: x · scale and shift nearly cancel where a mean is large beside its deviation.
+        wide = statistics_dtype(x.dtype)
+        scale = torch.rsqrt(self.running_var.to(wide) + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
-        shift = -self.running_mean * scale
+        shift = -self.running_mean.to(wide) * scale
         if self.bias is not None:
             shift = shift + self.bias
         ticket = torch.ops.rtl_kernels.refuse_dense(route.index, route.offsets, "per-ticket batch norm")
-        scale, shift = (p.index_select(0, ticket)[:, :, None, None].to(x.dtype) for p in (scale, shift))
-        return torch.addcmul(shift, x, scale)
+        scale, shift = (p.index_select(0, ticket)[:, :, None, None] for p in (scale, shift))
+        return torch.addcmul(shift, x.to(wide), scale).to(x.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor, present: Tensor) -> None:
         """running ← (1 − momentum) · running + momentum · batch, for the tickets that had samples."""
@@ -282,7 +297,7 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
             ours, theirs = getattr(self, name), state_dict.get(prefix + name)
             if ours is not None and theirs is not None and theirs.dim() == ours.dim() - 1:
                 state_dict[prefix + name] = _replicate(theirs, self.num_masks)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_masks={self.num_masks}, per_ticket={self.per_ticket}" + (
@@ -352,7 +367,8 @@ class RoutedModel(nn.Module):
         Raises:
             ValueError: the index is not for this batch or this number of masks; see also `Route.build`.
         """
-        route = index if isinstance(index, Route) else Route.build(_on(index, x.device), self.num_masks)
+        # Sorted where the index is: on the CPU its range is checked, before it goes to the device.
+        route = index if isinstance(index, Route) else Route.build(index, self.num_masks).to(x.device)
         if route.num_masks != self.num_masks:
             raise ValueError(f"index is a route for {route.num_masks} masks, but the model has {self.num_masks}")
         if x.dim() == 0 or x.shape[0] != route.batch:
@@ -435,7 +451,7 @@ def convert(
         raise ValueError("scope holds no nn.Linear, nn.Conv2d or nn.ConvTranspose2d of the model: nothing to mask")
     norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
     for name, module in model.named_modules():
-        if batch_norm == "per_ticket" and isinstance(module, nn.modules.batchnorm._NormBase) and module not in norms:
+        if batch_norm == "per_ticket" and _mixes_samples(module) and module not in norms:
             raise ValueError(
                 f"batch_norm is 'per_ticket', but {name} is a {type(module).__name__}, expected BatchNorm2d"
             )
@@ -443,6 +459,10 @@ def convert(
         _refuse_unknown(name, module)
     for module in targets.values():
         _mask(module, num_masks)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # torch's fused path for inference reads the weights itself, past the masks; without this flag it is off.
+            module.activation_relu_or_gelu = 0
     for norm in norms:
         norm.__class__ = SubsetBatchNorm2d
         cast(SubsetBatchNorm2d, norm)._init_subsets(num_masks, batch_norm == "per_ticket", affine_per_ticket)
@@ -465,8 +485,13 @@ def untie(net: RoutedModel) -> RoutedModel:
             raise ValueError(f"{name or 'model'} is a {type(module).__name__} with parameters {own}: cannot be untied")
         if parametrize.is_parametrized(module):
             raise ValueError(f"{name} has parametrisations: cannot be untied")
+        if _mixes_samples(module) and not isinstance(module, SubsetBatchNorm2d):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which mixes samples of all tickets: cannot be untied"
+            )
         if isinstance(module, _Masked) and module.untied:
             raise ValueError(f"{name} is untied already")
+    replicas: dict[nn.Parameter, nn.Parameter] = {}  # what layers shared they go on sharing
     for module in net.model.modules():
         if type(module) in _TWINS:
             _mask(module, net.num_masks)
@@ -475,7 +500,9 @@ def untie(net: RoutedModel) -> RoutedModel:
             for key in ("weight", "bias"):
                 parameter = getattr(module, key)
                 if parameter is not None:
-                    setattr(module, key, nn.Parameter(_replicate(parameter.detach(), net.num_masks)))
+                    if parameter not in replicas:
+                        replicas[parameter] = _replicate_parameter(parameter, net.num_masks)
+                    setattr(module, key, replicas[parameter])
         elif isinstance(module, SubsetBatchNorm2d):
             if module.affine_per_ticket:
                 continue
@@ -511,18 +538,20 @@ def extract(net: RoutedModel, ticket: int) -> nn.Module:
                 delattr(layer, attribute)
             del layer._buffers["mask_words"]
             layer.__class__ = _DENSE[type(layer)]
-            layer.weight = nn.Parameter(masked)
-            layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+            layer.weight = nn.Parameter(masked, module.weight.requires_grad)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.detach().clone(), cast(Tensor, module.bias).requires_grad)
         elif isinstance(module, SubsetBatchNorm2d):
             for name in ("running_mean", "running_var", "num_batches_tracked"):
                 if module.per_ticket and getattr(module, name) is not None:
                     setattr(module, name, getattr(module, name)[ticket].clone())
             for name in ("weight", "bias"):
                 if module.affine_per_ticket and getattr(module, name) is not None:
-                    setattr(module, name, nn.Parameter(getattr(module, name)[ticket].detach().clone()))
+                    own = getattr(module, name)
+                    setattr(module, name, nn.Parameter(own[ticket].detach().clone(), own.requires_grad))
             for attribute in ("num_masks", "per_ticket", "affine_per_ticket", "_pass"):
                 delattr(module, attribute)
-            module.__class__ = nn.BatchNorm2d
+            cast(nn.Module, module).__class__ = nn.BatchNorm2d
     return model
 
 
@@ -532,7 +561,7 @@ def _mask(module: nn.Module, num_masks: int) -> None:
 
 
 def _in_scope(model: nn.Module, scope: Scope) -> Iterator[tuple[str, nn.Module]]:
-    candidates = [(name, module) for name, module in model.named_modules() if type(module) in _TWINS]
+    candidates = [(name, module) for name, module in model.named_modules() if _is_candidate(module)]
     if scope is None or callable(scope):
         yield from ((name, module) for name, module in candidates if scope is None or scope(name, module))
         return
@@ -544,16 +573,30 @@ def _in_scope(model: nn.Module, scope: Scope) -> Iterator[tuple[str, nn.Module]]
     yield from ((name, module) for name, module in candidates if any(fnmatchcase(name, glob) for glob in scope))
 
 
+def _is_candidate(module: nn.Module) -> bool:
+    """Whether a layer can be masked, or could if it were not lazy or parametrised (which change its class)."""
+    changed = isinstance(module, nn.modules.lazy.LazyModuleMixin) or parametrize.is_parametrized(module)
+    return type(module) in _TWINS or (changed and isinstance(module, tuple(_TWINS)))
+
+
 def _refuse_unknown(name: str, module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
-        raise ValueError(f"{name} has parametrisations: remove them before it is masked")
+        raise ValueError(f"{name} has parametrisations: remove them before it is masked, or leave it out of scope")
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{name} is lazy: run the model once before it is converted")
+    if not isinstance(module.weight, nn.Parameter):
+        raise ValueError(f"{name} computes its weight anew in every pass (weight_norm, prune): remove that first")
+
+
+def _mixes_samples(module: nn.Module) -> bool:
+    """Whether a layer's result or statistics for one sample depend on the others of its batch."""
+    norms = nn.modules.batchnorm
+    return isinstance(module, norms._BatchNorm) or (isinstance(module, norms._NormBase) and module.track_running_stats)
 
 
 def _replicate(tensor: Tensor, times: int) -> Tensor:
     return tensor.expand(times, *tensor.shape).clone()
 
 
-def _on(index: Tensor | Sequence[int], device: torch.device) -> Tensor | Sequence[int]:
-    return index.to(device) if isinstance(index, Tensor) else torch.tensor(index, device=device)
+def _replicate_parameter(parameter: Tensor, times: int) -> nn.Parameter:
+    return nn.Parameter(_replicate(parameter.detach(), times), parameter.requires_grad)

@@ -7,6 +7,8 @@ tensor of its state.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -26,37 +28,45 @@ def masked_step(optimizer: torch.optim.Optimizer, model: RoutedModel) -> torch.o
 
     Args:
         optimizer: any `torch.optim` optimiser over the model's parameters. It is given hooks and returned, so that
-            schedulers and gradient scalers work as before; call once for an optimiser.
+            schedulers and gradient scalers work as before. A model may have several.
         model: the wrapper `convert` returned; call this after `untie`.
 
     Raises:
         TypeError: `model` is not a wrapper.
-        ValueError: the optimiser holds no masked weight of the model.
+        ValueError: the optimiser holds no masked weight of the model, or masks its step already.
     """
     if not isinstance(model, RoutedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected the wrapper that rtl_kernels.nn.convert returned")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(module.weight) in held for module in model.masked_modules().values()):
         raise ValueError("optimizer holds no masked weight of the model: make it from model.parameters() after convert")
+    # A second pair of hooks would save what the first has set to zero, and put that back.
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), _MaskedStep) for hook in hooks):
+        raise ValueError("optimizer was given to masked_step before, expected one call for an optimiser")
     step = _MaskedStep(model)
     optimizer.register_step_pre_hook(step.before)
     optimizer.register_step_post_hook(step.after)
-    model._pass.recording = True
+    weakref.finalize(optimizer, model._pass.seen.pop, step.place)
     return optimizer
 
 
 class _MaskedStep:
     def __init__(self, model: RoutedModel) -> None:
         self.model = model
+        seen = model._pass.seen
+        self.place = next(place for place in itertools.count() if place not in seen)
+        seen[self.place] = None
         self.saved: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
 
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.saved = []
         if len(args) > 1 or kwargs.get("closure") is not None:
             raise ValueError("closure is given, but a masked step has to know its batch before it: expected none")
+        held = {p for group in optimizer.param_groups for p in group["params"]}
         with torch.no_grad():
-            for parameter, frozen in self._frozen():
-                if parameter.grad is None:
+            for parameter, frozen in self._frozen().items():
+                if parameter.grad is None or parameter not in held:
                     continue
                 state = {
                     key: value.clone()
@@ -64,9 +74,9 @@ class _MaskedStep:
                     if isinstance(value, Tensor) and value.shape == parameter.shape
                 }
                 self.saved.append((parameter, frozen, parameter.clone(), state))
-                # What state this step may create has to come out as it starts: as if weight and gradient were zero.
-                parameter.masked_fill_(frozen, 0)
-                parameter.grad.masked_fill_(frozen, 0)
+                if not state:  # what this step may create has to come out as it starts: as if both were zero
+                    parameter.masked_fill_(frozen, 0)
+                    parameter.grad.masked_fill_(frozen, 0)
 
     def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():
@@ -76,19 +86,22 @@ class _MaskedStep:
                     new = optimizer.state[parameter][key]
                     torch.where(frozen, old, new, out=new)
         self.saved = []
-        self.model._pass.present = None
+        self.model._pass.seen[self.place] = None
 
-    def _frozen(self) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, bool tensor of its shape: True where it must not move)."""
-        present = self.model._pass.present
-        if present is None:
-            return []
-        frozen: list[tuple[Tensor, Tensor]] = []
+    def _frozen(self) -> dict[Tensor, Tensor]:
+        """For each parameter with masks a bool tensor of its shape: True where it must not move."""
+        present = self.model._pass.seen[self.place]
+        if present is None:  # no batch since the last step
+            present = torch.zeros(self.model.num_masks + 1, dtype=torch.bool)
+        frozen: dict[Tensor, Tensor] = {}
         for module in self.model.model.modules():
+            pairs: list[tuple[Tensor, Tensor]] = []
             if isinstance(module, _Masked):
-                frozen += _frozen_masked(module, present)
+                pairs = _frozen_masked(module, present.to(module.weight.device))
             elif isinstance(module, SubsetBatchNorm2d) and module.affine_per_ticket:
-                frozen += [(p, _absent(p, present)) for p in (module.weight, module.bias) if p is not None]
+                pairs = [(p, _absent(p, present.to(p.device))) for p in (module.weight, module.bias) if p is not None]
+            for parameter, still in pairs:  # a parameter of two layers moves where either's masks keep it
+                frozen[parameter] = frozen[parameter] & still if parameter in frozen else still
         return frozen
 
 

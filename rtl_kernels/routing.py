@@ -53,6 +53,8 @@ class Route:
         if num_masks < 1:
             raise ValueError(f"num_masks is {num_masks}, expected at least 1")
         if not isinstance(index, Tensor):
+            if not hasattr(index, "__len__"):
+                raise TypeError(f"index is a {type(index).__name__}, expected integers (batch,)")
             index = torch.tensor(index, dtype=torch.int64 if len(index) == 0 else None)
         if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
             raise TypeError(f"index has dtype {index.dtype}, expected integers")
@@ -75,6 +77,12 @@ class Route:
         offsets = torch.arange(-1, num_masks + 1, device=device).clamp(min=0) * batch
         index = torch.arange(num_masks, device=device).repeat_interleave(batch)
         return cls(num_masks, batch, True, None, offsets, index)
+
+    def to(self, device: torch.device | str) -> Route:
+        if self.offsets.device == torch.device(device):
+            return self
+        order = None if self.order is None else self.order.to(device)
+        return Route(self.num_masks, self.batch, self.all_masks, order, self.offsets.to(device), self.index.to(device))
 
     @property
     def rows(self) -> int:

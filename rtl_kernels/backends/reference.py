@@ -32,6 +32,8 @@ from ..shapes import statistics_dtype
 
 name = "reference"
 
+ALIGNMENT = 64  # bytes: what torch allocates at, and the most that a CPU kernel's rounding depends on
+
 Padding = Sequence[int]
 
 
@@ -55,10 +57,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _take(x: Tensor, order: Tensor | None, repeat: int, start: int, stop: int) -> Tensor:
-    """Rows start..stop of x, copied (a slice's alignment would depend on the groups before it), widened."""
+    """Rows start..stop of x, widened, copied unless aligned: a slice's alignment depends on the groups before it."""
     if order is not None:
         return _wide(x.index_select(0, order[start:stop]))
-    return _wide(x) if repeat > 1 else _wide(x[start:stop].clone())
+    rows = x if repeat > 1 else x[start:stop]
+    return _wide(rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone())
 
 
 def _put(y: Tensor, rows: Tensor, order: Tensor | None, start: int, stop: int) -> None:
@@ -200,7 +203,7 @@ def _linear_grad_weight(
 def _pad(x: Tensor, padding: Padding) -> Tensor:
     """Zeros around (N, C, H, W); padding is (top, bottom, left, right)."""
     top, bottom, left, right = padding
-    return F.pad(x, (left, right, top, bottom))
+    return F.pad(x, (left, right, top, bottom)) if any(padding) else x
 
 
 def _unpad(x: Tensor, padding: Padding) -> Tensor:

@@ -1,0 +1,218 @@
+"""The command line: rtl ls | show RECIPE | run RECIPE | report RUN."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rtl.errors import InputError
+
+_DESCRIPTION = """Tickets for the subsets of your data, over one set of shared weights.
+
+  rtl ls                list the recipes and the runs in ./runs
+  rtl show RECIPE       print what a recipe does and its settings
+  rtl run RECIPE        run it, or resume it; every setting is an option (rtl run RECIPE --help)
+  rtl report RUN        print a finished run's table and draw its figures again
+
+example: rtl run digits --seeds 0 1 --out runs/two-seeds
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0; 1 if a worker died; 2 for bad input; 130 if interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        print(f"rtl: {error}", file=sys.stderr)
+        return 2
+    except ChildProcessError as error:
+        print(f"rtl: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("rtl: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 141
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rtl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls | show | run | report")
+    commands.add_parser("ls", help="list recipes and runs", epilog="example: rtl ls")
+    show = commands.add_parser("show", help="print a recipe", epilog="example: rtl show cifar10 --protocol paper")
+    show.add_argument("recipe")
+    show.add_argument("--protocol", help="which of the recipe's protocols (default: its first)")
+    run = commands.add_parser("run", help="run or resume a recipe", add_help=False)
+    run.add_argument("recipe", nargs="?")
+    report = commands.add_parser("report", help="print a run's table", epilog="example: rtl report runs/digits")
+    report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    report.add_argument("--to", type=Path, metavar="DIR", help="write table, details and figures there (default: RUN)")
+    report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
+    # The options of `run` are the recipe's own settings, which only the recipe knows.
+    own, rest = (arguments[:2], arguments[2:]) if arguments[:1] == ["run"] else (arguments, [])
+    if own[:1] == ["run"] and (len(own) == 1 or own[1].startswith("-")):
+        own, rest = ["run"], arguments[1:]
+    options = parser.parse_args(own)
+    if options.command == "ls":
+        return _ls()
+    if options.command == "show":
+        return _show(options.recipe, options.protocol)
+    if options.command == "report":
+        return _report(options.run, options.to, options.into)
+    return _run(options.recipe, rest)
+
+
+def _ls() -> int:
+    from rtl.recipes import RECIPES
+
+    print("recipes:")
+    for name, recipe in RECIPES.items():
+        print(f"  {name:<10}{(recipe.__doc__ or '').strip()}")
+    runs = sorted(path.parent for path in Path("runs").glob("*/config.json"))
+    print("runs:" if runs else "runs: none in ./runs yet; try: rtl run digits")
+    for folder in runs:
+        print(
+            f"  {folder!s:<30}{'finished' if (folder / 'table.json').exists() else 'unfinished, run again to resume'}"
+        )
+    return 0
+
+
+def _show(name: str, protocol: str | None) -> int:
+    from rtl.recipes import RECIPES, recipe
+
+    config = recipe(name, protocol)
+    print((RECIPES[name].__doc__ or "").strip())
+    for field in dataclasses.fields(config):
+        print(f"  {field.name:<16}{getattr(config, field.name)}")
+    return 0
+
+
+def _run(name: str | None, arguments: list[str]) -> int:
+    from rtl.recipes import RECIPES, recipe
+
+    if name is None:
+        if "-h" in arguments or "--help" in arguments:
+            print("usage: rtl run RECIPE [options]\n\nRun a recipe, or resume it: finished stages are loaded.\n")
+            _ls()
+            print(
+                "\nrtl run RECIPE --help lists its settings\nexample: rtl run digits --seeds 0 1 --out runs/two-seeds"
+            )
+            return 0
+        raise InputError(f"no recipe is given, expected one of {', '.join(RECIPES)}: for example rtl run digits")
+    import tyro
+
+    from rtl.recipes.classification import Classification, load, run_classification
+    from rtl.report import environment, write_results
+    from rtl.run import Run
+
+    protocol = _value_of("--protocol", arguments)
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Run a recipe, or resume it: finished stages are loaded."""
+
+        config: tyro.conf.OmitArgPrefixes[Classification]
+        out: Path | None = None
+        """Folder of the run (default: runs/RECIPE, with the protocol if it is not the first)."""
+        data: Path | None = None
+        """Data root (default: the environment variable RTL_DATA)."""
+        workers: int | None = None
+        """Worker processes (default: one a core)."""
+
+    # The protocol chooses the settings that the other options then change.
+    base = recipe(name, protocol)
+    about = f"{(RECIPES[name].__doc__ or '').strip()}\n\nexample: rtl run {name} --seeds 0 1 --out runs/mine"
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options = tyro.cli(
+                Options, prog=f"rtl run {name}", description=about, args=arguments, default=Options(base)
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            return 0
+        raise InputError(f"{_one_line(said.getvalue())} (rtl run {name} --help lists the options)") from None
+    config = options.config
+    first = RECIPES[name]().protocol
+    out = options.out or Path("runs") / (name if config.protocol == first else f"{name}-{config.protocol}")
+    run = Run(out, workers=options.workers)
+    data = load(config, options.data)
+    with run.lock():
+        rows, details = run_classification(config, run, *data)
+        table: dict[str, Any] = {
+            "recipe": name,
+            "command": shlex.join(["rtl", "run", name, *arguments]),
+            "environment": environment(),
+            "rows": rows,
+        }
+        write_results(out, table, details)
+    _print_table(rows)
+    print(f"table, figures and every stage: {out}")
+    return 0
+
+
+def _one_line(message: str) -> str:
+    """What tyro said, without the box it draws around it, its headings and its advice."""
+    words = " ".join(re.sub(r"[\u2500-\u257f]", " ", message).split())
+    words = re.sub(r"( Argument helptext:.*)? For full helptext.*", "", words)
+    return re.sub(r"^.*?(Unrecognized options:|Error parsing (config: )?)", r"\1", words).replace(
+        "Error parsing config: ", ""
+    )
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value `option` is given among arguments that another parser reads."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument(option, dest="value", nargs="?")
+    value: str | None = peek.parse_known_args(list(arguments))[0].value
+    return value
+
+
+def _report(folder: Path, to: Path | None, into: Path | None) -> int:
+    from rtl.report import read_results, write_into, write_results
+
+    table, details = read_results(folder)
+    write_results(to or folder, table, details)
+    if to is not None and (folder / "config.json").exists():
+        from rtl.run import write_atomically
+
+        write_atomically(to / "config.json", (folder / "config.json").read_bytes())
+    if into is not None:
+        write_into(into, table)
+    print(table["command"])
+    print(json.dumps(table["environment"]))
+    _print_table(table["rows"])
+    print(f"written to {to or folder}")
+    return 0
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rtl.report import summary
+
+    head, *body = summary(rows)
+    table = Table(title="mean ± standard deviation over seeds")
+    for column in head:
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for line in body:
+        table.add_row(*line)
+    # Outside a terminal the table keeps its width instead of being cut to 80 columns.
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

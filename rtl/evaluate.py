@@ -1,0 +1,140 @@
+"""The paper's columns under both decision rules (PAPER.md, "Reading of the paper's metrics").
+
+threshold: one-vs-rest, a class is predicted where its score is 0.5 or more (sigmoid of a ticket's logit; softmax of a
+           multi-class network's): none, one or several classes a sample.
+argmax:    the class of the highest score, one a sample.
+
+Balanced accuracy is the mean over classes of (TPR + TNR) / 2, precision and recall are means over classes, on all
+samples of the test set; a class that is never predicted has precision 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rtl.data import Data
+from rtl.errors import InputError
+from rtl.partition import Partition
+from rtl.tickets import TicketNetwork
+
+METRICS = (
+    "accuracy",
+    *(
+        f"{metric}.{rule}"
+        for rule in ("threshold", "argmax")
+        for metric in ("balanced_accuracy", "precision", "recall")
+    ),
+    "mse",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: one number each, by the names of DESIGN's vocabulary; per_class: the same before the mean."""
+
+    metrics: dict[str, float]
+    per_class: dict[str, list[float]] = field(default_factory=dict)
+
+
+def evaluate(
+    net: TicketNetwork | Sequence[TicketNetwork], test: Data | Partition, *, batch_size: int = 512
+) -> Evaluation:
+    """Metrics of a network of tickets, or of several networks with one ticket each (IMP multiple), on test data.
+
+    Args:
+        net: one-vs-rest tickets (all of them on every sample, in one pass), a multi-class network of one ticket, or
+            tickets that each predict in their own subset (multi-class or regression), which needs a Partition.
+        test: samples. With `Data`, label k belongs to the ticket that learnt subset k; a `Partition` says which subset
+            each sample is of (-1 belongs to none: a negative for every ticket, left out of accuracy).
+        batch_size: samples a forward pass sees.
+
+    Raises:
+        InputError: nothing to evaluate on, or a label that no ticket stands for.
+    """
+    nets = [net] if isinstance(net, TicketNetwork) else list(net)
+    data, index = (test.data, test.index) if isinstance(test, Partition) else (test, None)
+    if len(data) == 0:
+        raise InputError("test holds no samples")
+    if nets[0].task == "one_vs_rest":
+        outputs = [output for one in nets for output in one.outputs]
+        scores = torch.cat([ticket_scores(one, data, batch_size) for one in nets], 1)[:, np.argsort(outputs)]
+        return classification_metrics(scores.numpy(), _labels(data, index, sorted(outputs)))
+    if len(nets) > 1:
+        raise InputError(f"net is {len(nets)} networks of task {nets[0].task!r}: evaluate them one by one")
+    output = _routed_output(nets[0], data, index, batch_size)
+    if nets[0].task == "multi_class":
+        return classification_metrics(output.softmax(1).numpy(), data.targets.numpy())
+    return Evaluation({"mse": float((output - data.targets).square().mean())})
+
+
+@torch.no_grad()
+def ticket_scores(net: TicketNetwork, data: Data, batch_size: int = 512) -> Tensor:
+    """Every one-vs-rest ticket's score for every sample: probabilities (N, K) in the order of `net.names`."""
+    net.eval()
+    outputs = torch.tensor(net.outputs)
+    parts = []
+    for index in torch.arange(len(data)).split(batch_size):
+        logits = net.every(data.batch(index)[0])  # (K, B, C)
+        own = logits.gather(2, outputs[:, None, None].expand(-1, len(index), 1)).squeeze(2)
+        parts.append(own.sigmoid().T)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _routed_output(net: TicketNetwork, data: Data, index: Tensor | None, batch_size: int) -> Tensor:
+    """Each sample through the ticket of its subset."""
+    net.eval()
+    if index is None:
+        if len(net.names) > 1:
+            raise InputError("test is Data, but these tickets each serve a subset: pass parts.apply(test)")
+        index = torch.full((len(data),), net.outputs[0])
+    mask = {subset: k for k, subset in enumerate(net.outputs)}
+    unknown = sorted(set(index.unique().tolist()) - set(mask))
+    if unknown:
+        raise InputError(f"test holds samples of subset {unknown[0]}, which no ticket stands for")
+    masks = torch.tensor([mask[int(i)] for i in index])
+    batches = torch.arange(len(data)).split(batch_size)
+    return torch.cat([net(data.batch(batch)[0], masks[batch]) for batch in batches])
+
+
+def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> Evaluation:
+    """Both rules' metrics from scores (N, C) in [0, 1] and labels (N,) in 0..C-1, or -1 for none of the classes."""
+    from sklearn.metrics import multilabel_confusion_matrix
+
+    classes = np.arange(scores.shape[1])
+    truth = labels[:, None] == classes
+    known = labels >= 0
+    best = scores.argmax(1)
+    metrics = {"accuracy": float((best == labels)[known].mean())}
+    per_class: dict[str, list[float]] = {}
+    for rule, predicted in (("threshold", scores >= 0.5), ("argmax", best[:, None] == classes)):
+        tn, fp, fn, tp = (
+            multilabel_confusion_matrix(truth, predicted)[:, i, j].astype(np.float64) for i in (0, 1) for j in (0, 1)
+        )
+        recall = tp / np.maximum(tp + fn, 1)
+        specificity = tn / np.maximum(tn + fp, 1)
+        columns = {
+            "balanced_accuracy": (recall + specificity) / 2,
+            "precision": tp / np.maximum(tp + fp, 1),
+            "recall": recall,
+        }
+        for name, values in columns.items():
+            metrics[f"{name}.{rule}"] = float(values.mean())
+            per_class[f"{name}.{rule}"] = values.tolist()
+    return Evaluation(metrics, per_class)
+
+
+def _labels(data: Data, index: Tensor | None, subsets: Sequence[int]) -> np.ndarray:
+    """Column of each sample's own ticket."""
+    labels = data.targets if index is None else index
+    column = {subset: k for k, subset in enumerate(subsets)}
+    found = labels.unique().tolist()
+    unknown = [label for label in found if label not in column and label >= 0]
+    if unknown and index is None:
+        raise InputError(f"test holds the label {unknown[0]}, which no ticket stands for: pass parts.apply(test)")
+    return np.array([column.get(int(label), -1) for label in labels])

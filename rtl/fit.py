@@ -1,0 +1,134 @@
+"""How networks are trained: one frozen description, and the single optimiser step that every method takes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import rtl_kernels as rk
+from rtl.errors import InputError
+from rtl.partition import Partition
+from rtl.tasks import OneVsRest, Task
+
+SCHEDULES = ("sequential", "mixed")
+BATCH_NORMS = ("per_ticket", "shared")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Training, the same for every method (PAPER: Adam without weight decay).
+
+    Args:
+        epochs: passes over each ticket's samples: in a round of extraction, or of joint retraining.
+        batch_size: samples an optimiser step sees.
+        lr: learning rate.
+        task: what tickets learn.
+        schedule: of joint retraining. "sequential": one ticket's batch a step, in turn (Algorithm 2 to the letter).
+            "mixed": a step sees batch_size / K samples of every ticket at once, so that steps and samples of an epoch
+            are the same as in the sequential one.
+        batch_norm: "per_ticket" statistics or "shared" ones.
+        affine_per_ticket: with "per_ticket", scale and shift per ticket too.
+
+    Raises:
+        InputError: a value outside what is said here.
+    """
+
+    epochs: int = 10
+    batch_size: int = 320
+    lr: float = 1e-4
+    task: Task = field(default_factory=OneVsRest)
+    schedule: str = "sequential"
+    batch_norm: str = "per_ticket"
+    affine_per_ticket: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"lr is {self.lr}, expected a finite number above 0")
+        for name, known in (("schedule", SCHEDULES), ("batch_norm", BATCH_NORMS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.affine_per_ticket and self.batch_norm != "per_ticket":
+            raise InputError("affine_per_ticket is True with batch_norm 'shared', expected 'per_ticket'")
+
+
+def masked_copy(
+    model: nn.Module, num_masks: int, batch_norm: str, affine_per_ticket: bool = False
+) -> rk.nn.RoutedModel:
+    """A copy of `model` with K masks on what it says is prunable (all linear and convolution layers if it is silent).
+
+    `model.prunable(name, module) -> bool` says so, over `model.named_modules()`. Raises InputError if that is nothing.
+    """
+    scope = getattr(model, "prunable", None)
+    try:
+        return rk.nn.convert(copy.deepcopy(model), num_masks, scope, batch_norm, affine_per_ticket=affine_per_ticket)
+    except ValueError as error:
+        raise InputError(f"model is a {type(model).__name__}, which cannot be pruned: {error}") from error
+
+
+def state(net: rk.nn.RoutedModel) -> dict[str, Tensor]:
+    """A copy of everything in a network but its masks: parameters and statistics."""
+    return {name: t.clone() for name, t in net.model.state_dict().items() if not name.endswith("mask_words")}
+
+
+def rewind(net: rk.nn.RoutedModel, theta0: Mapping[str, Tensor]) -> None:
+    """Put back what `state` copied, masks as they are: θ ← θ0."""
+    own = net.model.state_dict()
+    with torch.no_grad():
+        for name, tensor in theta0.items():
+            own[name].copy_(tensor)
+
+
+def new_optimizer(net: rk.nn.RoutedModel, fit: Fit) -> torch.optim.Optimizer:
+    """Adam under which neither a pruned weight nor its state moves."""
+    return rk.optim.masked_step(torch.optim.Adam(net.parameters(), lr=fit.lr), net)
+
+
+Batch = Sequence[tuple[int, int, Tensor]]  # of each ticket in a step: mask, ticket, sample positions
+
+
+def step(
+    net: rk.nn.RoutedModel, optimizer: torch.optim.Optimizer, task: Task, parts: Partition, batch: Batch
+) -> Tensor:
+    """One optimiser step through m_k ⊙ θ for the tickets in `batch`; returns the mean loss (a detached scalar).
+
+    With untied weights every ticket's own mean loss is followed, as if it were trained alone.
+    """
+    index = torch.cat([index for _, _, index in batch])
+    inputs, _ = parts.data.batch(index)
+    masks = torch.cat([torch.full((len(index),), mask) for mask, _, index in batch])
+    tickets = torch.cat([torch.full((len(index),), ticket) for _, ticket, index in batch])
+    target = torch.cat([task.target(parts, ticket, index) for _, ticket, index in batch])
+    losses = task.losses(net(inputs, masks), target, tickets)
+    if any(module.untied for module in net.masked_modules().values()):
+        loss = torch.stack([part.mean() for part in losses.split([len(b[2]) for b in batch])]).sum()
+    else:
+        loss = losses.mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return losses.detach().mean()
+
+
+def split(order: Tensor, batch_size: int) -> list[Tensor]:
+    """Batches of an epoch. A last one of a single sample joins the one before it: batch norm has no use for it."""
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A fingerprint of a state dict: SHA-256 over its names, dtypes, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

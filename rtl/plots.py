@@ -1,0 +1,123 @@
+"""Figures of a run: metric and similarity against sparsity, and who shares weights with whom by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rtl.diagnose import Similarity
+from rtl.report import NAMES, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe–Ito: told apart with any colour vision; markers too, for print.
+STYLES = {
+    "rtl": ("#0072B2", "o"),
+    "imp_single": ("#D55E00", "s"),
+    "imp_multiple": ("#009E73", "^"),
+    "dense": ("#555555", "none"),
+}
+
+
+def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> Figure:
+    """One panel a metric (key in a row's metrics -> title): mean over seeds, with the seeds' range shaded."""
+    figure, axes = _figure(len(metrics))
+    rows = list(rows)
+    for axis, (key, title) in zip(axes, metrics.items(), strict=True):
+        for method, (colour, marker) in STYLES.items():
+            points: dict[float, list[float]] = {}
+            for row in rows:
+                if row["method"] == method and key in row["metrics"]:
+                    points.setdefault(row["sparsity"], []).append(row["metrics"][key])
+            if not points:
+                continue
+            if method == "dense":
+                axis.axhline(float(np.mean(points[0.0])), color=colour, linestyle="--", label=NAMES[method])
+                continue
+            x = sorted(points)
+            axis.plot(x, [np.mean(points[s]) for s in x], color=colour, marker=marker, label=NAMES[method])
+            low, high = [min(points[s]) for s in x], [max(points[s]) for s in x]
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        _sparsity_axis(axis)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def similarity_against_sparsity(levels: Mapping[float, Similarity]) -> Figure:
+    """Every ticket's mean similarity to the others, and what independent masks of its density would have.
+
+    Two independent masks that keep a fraction d of the weights have Jaccard d / (2 − d): density alone moves it.
+    """
+    figure, (axis,) = _figure(1, width=5.5)
+    x = sorted(levels)
+    names = levels[x[0]].names
+    for k, name in enumerate(names):
+        axis.plot(x, [float(levels[s].per_ticket[k]) for s in x], color=_colour(k, len(names)), marker=".", label=name)
+    chance = np.linspace(x[0], x[-1], 50)
+    axis.plot(chance, (1 - chance) / (1 + chance), color="#555555", linestyle=":", label="independent masks")
+    axis.set_title("mean mask similarity to the other tickets (Jaccard)", fontsize=10)
+    axis.legend(fontsize=7, ncols=2)
+    _sparsity_axis(axis)
+    return figure
+
+
+def similarity_by_depth(level: Similarity, sparsity: float, panels: int = 4) -> Figure:
+    """Ticket × ticket similarity over all weights and in `panels` layers from the first to the last."""
+    layers = list(level.by_layer)
+    chosen = [
+        layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, min(panels, len(layers))).round().astype(int))
+    ]
+    matrices = {"all layers": level.matrix} | {layer: level.by_layer[layer] for layer in chosen}
+    figure, axes = _figure(len(matrices), width=2.7, height=3.1)
+    image: Any = None
+    for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        image = axis.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
+        axis.set_title(title, fontsize=8)
+        axis.set_xticks(range(len(level.names)), level.names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(level.names)), level.names if axis is axes[0] else [], fontsize=7)
+    figure.suptitle(f"mask similarity (Jaccard) at {sparsity:.0%} sparsity, from shallow to deep", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.7, pad=0.01)
+    return figure
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    import io
+
+    import matplotlib.pyplot as plt
+
+    from rtl.run import write_atomically
+
+    buffer = io.BytesIO()
+    # Without the version in its metadata, equal figures are equal files.
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    write_atomically(file, buffer.getvalue())
+
+
+def _figure(panels: int, width: float = 3.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def _sparsity_axis(axis: Axes) -> None:
+    axis.set_xlabel("sparsity of each ticket")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.grid(alpha=0.25)
+
+
+def _colour(k: int, of: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["tab10" if of <= 10 else "turbo"](k if of <= 10 else k / of)

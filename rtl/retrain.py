@@ -1,0 +1,135 @@
+"""Algorithm 2: joint retraining of the tickets' shared weights, masks frozen.
+
+θ ← θ0;  M ← max_k M_k, batches of every subset repeated cyclically until all have M
+for each epoch:
+    for m = 1..M:
+        for k = 1..K:
+            one gradient step on B_m^k through m_k ⊙ θ, the update masked by m_k
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtl.errors import InputError
+from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, split, step
+from rtl.partition import Partition
+from rtl.run import Artefact, Run
+from rtl.tickets import TicketMasks, TicketNetwork
+
+
+def retrain(
+    model: nn.Module, tickets: TicketMasks, parts: Partition, fit: Fit, run: Run, *, checkpoint_seconds: float = 30.0
+) -> TicketNetwork:
+    """Algorithm 2. Train the weights all tickets share, from those `model` has now (θ0); nothing flows back to masks.
+
+    Args:
+        model: the dense model the tickets were extracted from, at θ0; left as it is.
+        tickets: masks at one sparsity; each name has to be one of the subsets of `parts`.
+        parts: the subsets D_k.
+        fit: training; its schedule says how tickets take turns.
+        run: where the result, and a checkpoint every `checkpoint_seconds`, is kept: calling again resumes.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        InputError: the run holds another retraining, a ticket names no subset, or masks that are not of this model.
+    """
+    subsets = [parts.position(name) for name in tickets.names]
+    net = masked_copy(model, len(subsets), fit.batch_norm, fit.affine_per_ticket)
+    try:
+        net.banks = dict(tickets.banks)
+    except ValueError as error:
+        raise InputError(f"tickets are not of this model: {error}") from error
+    run = run.child(f"retrain/{tickets.sparsity:g}")
+    run.configure(
+        {
+            "fit": dataclasses.asdict(fit) | {"task": fit.task.name},
+            "tickets": tickets.names,
+            "subsets": parts.counts(),
+            "masks": digest({layer: bank.words for layer, bank in tickets.banks.items()}),
+            "theta0": digest(model.state_dict()),
+        }
+    )
+
+    def train() -> Artefact:
+        optimizer = new_optimizer(net, fit)
+        reached = _resume(run, net, optimizer, fit.epochs)
+        samples, seconds, losses = reached["samples"], reached["seconds"], reached["losses"]
+        began = saved = time.perf_counter()
+        net.train()
+        with run.track(f"retrain {_who(tickets)} at {tickets.sparsity:.0%}", fit.epochs) as progress:
+            progress.advance(len(losses))
+            for epoch in range(len(losses), fit.epochs):
+                total, steps = torch.zeros(()), 0
+                for batch in schedule(parts, subsets, fit, run.generator("retrain", *tickets.names, epoch)):
+                    total += step(net, optimizer, fit.task, parts, batch)
+                    steps += 1
+                    samples += sum(len(index) for _, _, index in batch)
+                losses.append(float(total) / steps)
+                progress.advance(note=f"loss {losses[-1]:.3f}")
+                if time.perf_counter() - saved >= checkpoint_seconds and epoch + 1 < fit.epochs:
+                    saved = time.perf_counter()
+                    info = {"samples": samples, "seconds": seconds + saved - began, "losses": losses}
+                    _checkpoint(run, net, optimizer, info)
+        info = {"samples": samples, "seconds": seconds + time.perf_counter() - began, "losses": losses}
+        return Artefact(net.model.state_dict(), info)
+
+    done = run.stage("network", train)
+    for epoch in range(fit.epochs):
+        run.discard(_checkpoint_key(epoch))
+    net.model.load_state_dict(done.tensors)
+    net.eval()
+    spent = done.info["samples"], done.info["seconds"]
+    return TicketNetwork(net, tickets.names, subsets, fit.task.name, tickets.sparsity, *spent)
+
+
+def schedule(parts: Partition, subsets: list[int], fit: Fit, generator: torch.Generator) -> Iterator[Batch]:
+    """One epoch's steps, each a batch of one ticket ("sequential") or of all of them ("mixed")."""
+    size = fit.batch_size if fit.schedule == "sequential" else -(-fit.batch_size // len(subsets))
+    batches = [split(fit.task.draw(parts, subset, generator), size) for subset in subsets]
+    for m in range(max(len(own) for own in batches)):
+        turn = [(k, subset, batches[k][m % len(batches[k])]) for k, subset in enumerate(subsets)]
+        yield from ([one] for one in turn) if fit.schedule == "sequential" else [turn]
+
+
+def _who(tickets: TicketMasks) -> str:
+    return tickets.names[0] if len(tickets.names) == 1 else f"{len(tickets.names)} tickets"
+
+
+def _checkpoint_key(epochs: int) -> str:
+    return f"checkpoint-{epochs:04d}"
+
+
+def _checkpoint(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, info: Mapping[str, Any]) -> None:
+    """Save all that the next epoch needs, then drop the checkpoint before."""
+    tensors: dict[str, Tensor] = {f"net/{name}": t for name, t in net.state_dict().items()}
+    for parameter, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{parameter}/{key}": torch.as_tensor(value) for key, value in entries.items()}
+    epochs = len(info["losses"])
+    run.save(_checkpoint_key(epochs), Artefact(tensors, info))
+    for older in range(epochs):
+        run.discard(_checkpoint_key(older))
+
+
+def _resume(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> dict[str, Any]:
+    """Continue from the newest checkpoint; what was reached so far, empty without one."""
+    found = [epoch for epoch in range(epochs) if run.done(_checkpoint_key(epoch))]
+    if not found:
+        return {"samples": 0, "seconds": 0.0, "losses": []}
+    saved = run.load(_checkpoint_key(found[-1]))
+    net.load_state_dict({name[4:]: t for name, t in saved.tensors.items() if name.startswith("net/")})
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in saved.tensors.items():
+        if name.startswith("optimizer/"):
+            _, parameter, key = name.split("/")
+            entries.setdefault(int(parameter), {})[key] = tensor
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    return dict(saved.info)

@@ -1,0 +1,41 @@
+"""The README's examples run as they are written, and its tables are those of the committed results."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rtl.report import markdown, read_results, summary
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TABLES = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_runs_as_written(number, tmp_path):
+    file = tmp_path / "example.py"
+    file.write_text(EXAMPLES[number])
+    done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_there_is_an_example_of_each_package():
+    assert len(EXAMPLES) == 2
+    assert "import rtl\n" in EXAMPLES[0]
+    assert "import rtl_kernels" in EXAMPLES[1]
+
+
+@pytest.mark.parametrize(("recipe", "table"), TABLES, ids=[recipe for recipe, _ in TABLES])
+def test_table_is_that_of_the_committed_results(recipe, table):
+    results, _ = read_results(ROOT / "results" / recipe)
+    assert table == markdown(summary(results["rows"]))
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_what_the_readme_links_to_exists(target):
+    assert (ROOT / target).is_file()

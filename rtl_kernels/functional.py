@@ -8,8 +8,10 @@ gradient is needed the raw operator is called directly.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -17,14 +19,14 @@ import torch
 from torch import Tensor
 
 from . import shapes
-from .backends import reference
+from .backends import cpu, reference
 from .masks import MaskBank
 from .routing import Route
 
-__all__ = ["Explanation", "explain", "masked_conv2d", "masked_conv_transpose2d", "masked_linear"]
+__all__ = ["BackendWarning", "Explanation", "explain", "masked_conv2d", "masked_conv_transpose2d", "masked_linear"]
 
 # In order of preference: "auto" takes the first that supports the call. The reference supports everything.
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (reference,)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cpu, reference)}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -198,6 +200,13 @@ def conv_transpose2d_rows(
 # ---- which backend
 
 
+class BackendWarning(UserWarning):
+    """Calls run on a slower backend than this machine could have."""
+
+
+_warned = False
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Which backend a call runs on, and why each one preferred to it was refused."""
@@ -223,6 +232,19 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         raise ValueError(f"function is {function!r}, expected one of the masked operators of rtl_kernels")
     x, weight = args[0] if args else kwargs["x"], args[1] if len(args) > 1 else kwargs["weight"]
     return _choose(function.__name__, x, weight, kwargs.get("backend", "auto"))
+
+
+def _backend(operation: str, x: Tensor, weight: Tensor, backend: str) -> str:
+    """The name `_choose` finds, quickly; warns once if it is the reference for want of the compiled extension."""
+    if backend != "auto":
+        return _choose(operation, x, weight, backend).backend
+    name = next(name for name, module in BACKENDS.items() if module.supports(operation, x, weight) is None)
+    if name == "reference" and cpu.unavailable is not None and x.is_cpu and not torch.compiler.is_compiling():
+        global _warned
+        if not _warned:
+            _warned = True
+            warnings.warn(f"masked operators run on the reference: {cpu.unavailable}", BackendWarning, stacklevel=5)
+    return name
 
 
 def _choose(operation: str, x: Tensor, weight: Tensor, backend: str) -> Explanation:
@@ -347,14 +369,15 @@ def _run(
     geometry: tuple[Any, ...],
     backend: str,
 ) -> Tensor:
-    name = _choose(operation, x, weight, backend).backend
+    name = _backend(operation, x, weight, backend)
+    if weight.dim() > len(bank.shape) and x.is_cpu and not route.all_masks:
+        torch.ops.rtl_kernels.refuse_dense(route.index, route.offsets, "a layer with untied weights")
     if _needs_gradient(x, weight, bias):
         y: Tensor = _Masked.apply(
             x, weight, bias, bank.words, route.offsets, route.order, repeat, f"{operation}_{name}", geometry
         )
         return y
-    operator = getattr(torch.ops.rtl_kernels, f"{operation}_{name}").default
-    result: Tensor = operator(x, weight, bank.words, route.offsets, route.order, repeat, bias, *geometry)
+    result: Tensor = _operator(f"{operation}_{name}", "")(x, weight, bank.words, route.offsets, route.order, repeat, bias, *geometry)
     return result
 
 
@@ -430,6 +453,7 @@ def _once(gradient: Tensor, *depends_on: Tensor) -> Tensor:
     return _Once.apply(gradient, *depends_on) if torch.is_grad_enabled() else gradient
 
 
+@cache
 def _operator(name: str, gradient: str) -> Any:
     operation, _, backend = name.rpartition("_")
     return getattr(torch.ops.rtl_kernels, f"{operation}{gradient}_{backend}").default

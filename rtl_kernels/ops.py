@@ -58,11 +58,15 @@ _SCHEMAS |= {
 OPERATIONS = tuple(_SCHEMAS)
 
 
-def define(operation: str, backend: str, implementation: Callable[..., Any], keys: str | Sequence[str]) -> Any:
-    """Register one backend's implementation of a raw operator under dispatch `keys`; returns the operator."""
+def define(operation: str, backend: str, implementation: Callable[..., Any] | None, keys: str | Sequence[str]) -> Any:
+    """Register one backend's implementation of a raw operator under dispatch `keys`; returns the operator.
+
+    Without `implementation` a compiled library has registered it.
+    """
     name = f"rtl_kernels::{operation}_{backend}"
     torch.library.define(name, _SCHEMAS[operation])
-    torch.library.impl(name, keys, implementation)
+    if implementation is not None:
+        torch.library.impl(name, keys, implementation)
     torch.library.register_fake(name, getattr(shapes, operation))
     _register_loop_vmap(name)
     return getattr(torch.ops.rtl_kernels, f"{operation}_{backend}").default

@@ -1,0 +1,560 @@
+#include <memory>
+
+#include "operators.h"
+#include "pack.h"
+#include "structure.h"
+
+namespace rtl_kernels {
+namespace {
+
+struct Segment {
+  int64_t mask, start, stop;  // rows of the batch, times `inner`
+  std::shared_ptr<const Structure> structure;
+};
+
+enum class Path { kInPlace, kStrip, kFilter, kFew };
+
+// A piece of work that writes outputs no other piece does, so that threads can take them in any order.
+struct Unit {
+  int64_t segment, start, count;
+  Path path;
+  Strip strip;
+};
+
+template <class T>
+class Runner {
+ public:
+  Runner(const Plan& plan, const Batch& batch, const Masks& masks, const Forward<T>& call)
+      : plan_(plan), batch_(batch), masks_(masks), call_(call), k_(kernels<T>()) {
+    in_ = plan.in[0] * plan.in[1];
+    out_ = plan.out[0] * plan.out[1];
+    for (int64_t g = 0; g <= batch.masks; ++g) {
+      const int64_t start = batch.offsets[g] * batch.inner, stop = batch.offsets[g + 1] * batch.inner;
+      if (stop == start) continue;
+      const uint32_t* words = g ? masks.words + (g - 1) * masks.mask_words : nullptr;
+      segments_.push_back({g - 1, start, stop, nullptr});
+      if (!depthwise() && !few(segments_.back()))
+        segments_.back().structure = structure_of(plan, words, masks.row_words);
+      divide(int64_t(segments_.size()) - 1);
+    }
+  }
+
+  void run(const Parallel& parallel) {
+    if (weight_bound()) {
+      run_by_rows(parallel);
+      return;
+    }
+    parallel(int64_t(units_.size()), [this](int64_t begin, int64_t end) { Worker(*this).work(begin, end); });
+  }
+
+ private:
+  bool depthwise() const {
+    // Rows of at least three quarters of a vector; narrower planes go through the lanes of several samples.
+    return plan_.rows == 1 && plan_.channels == 1 && plan_.phases.size() == 1 && plan_.out[1] * 4 >= k_.lanes * 3;
+  }
+
+  bool in_place() const {
+    // A plane stride of a multiple of 4 KiB maps a column's inputs onto the same few lines of L1.
+    return plan_.pointwise() && in_ >= 4 * k_.lanes && in_ % k_.lanes == 0 &&
+           (in_ * sizeof(T) % 4096 != 0 || plan_.channels <= 8);
+  }
+
+  // A group of a few samples fills a quarter of a vector at best, while the weights it reads are those of a full one: up
+  // to 4 samples every weight is taken, in whole vectors, with the mask's bits applied.
+  bool few(const Segment& segment) const {
+    return in_ == 1 && out_ == 1 && !plan_.scatter && segment.stop - segment.start <= 4;
+  }
+
+  // What one group of samples is divided into depends on its size and the shapes alone.
+  void divide(int64_t s) {
+    const int64_t L = k_.lanes;
+    const int64_t start = segments_[s].start, count = segments_[s].stop - start;
+    const int64_t height = plan_.places[0], width = plan_.places[1];
+    const int64_t plane = plan_.plane_width() * (height + plan_.reach[0]);
+    if (depthwise()) {
+      const int64_t rows = std::max<int64_t>(8, 8192 / (plan_.plane_width() * plan_.planes()));
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t h = 0; h < height; h += rows)
+          units_.push_back({s, start + i, 1, Path::kFilter, {h, std::min(rows, height - h), 1, false}});
+      return;
+    }
+    if (in_place()) {
+      for (int64_t i = 0; i < count; ++i) units_.push_back({s, start + i, 1, Path::kInPlace, {}});
+      return;
+    }
+    if (few(segments_[s])) {
+      // Rows in pieces of about 256 KiB of weights, for threads to share.
+      const int64_t each = std::max<int64_t>(64, (int64_t(256) << 10) / int64_t(sizeof(T)) /
+                                                     std::max<int64_t>(1, plan_.channels) / 64 * 64);
+      for (int64_t r = 0; r < plan_.rows; r += each)
+        units_.push_back({s, start, count, Path::kFew, {r, std::min(each, plan_.rows - r), 0, true}});
+      return;
+    }
+    if (in_ == 1 && out_ == 1) {
+      const int64_t chunks = (count + k_.block_columns - 1) / k_.block_columns;
+      const int64_t each = ((count + chunks - 1) / chunks + L - 1) / L * L;
+      for (int64_t i = 0; i < count; i += each) {
+        const int64_t here = std::min(each, count - i);
+        units_.push_back({s, start + i, here, Path::kStrip, {0, 1, (here + L - 1) / L * L, true}});
+      }
+      return;
+    }
+    int64_t done = 0;
+    // Whole vectors of samples, several where a row of the plane alone would not fill the registers.
+    const int64_t run = plan_.reach[1] == 0 ? height * width : width;
+    const int64_t wide = std::max<int64_t>(1, std::min<int64_t>(4, 4 / std::max<int64_t>(1, run)));
+    while (count > done && (count - done >= L || worth_lanes(plan_, count - done, L))) {
+      int64_t samples = std::min(wide * L, (count - done) / L * L);
+      if (samples < L) samples = L;
+      const int64_t rows = strip_rows(plan_, samples, sizeof(T), 1 << 20, 4);
+      const int64_t here = std::min(samples, count - done);
+      strips(s, start + done, here, rows, samples, true);
+      done += here;
+    }
+    if (done < count) {
+      const int64_t each = std::max<int64_t>(1, std::min(count - done, 768 / std::max<int64_t>(1, plane)));
+      const int64_t rows = std::max<int64_t>(plan_.reach[0] + 1, std::min(768 / plan_.plane_width() + 1,
+                                                                          strip_rows(plan_, 1, sizeof(T), 1 << 19, 1)));
+      for (int64_t i = done; i < count; i += each)
+        strips(s, start + i, std::min(each, count - i), each > 1 ? height : rows, each, false);
+    }
+  }
+
+  void strips(int64_t s, int64_t start, int64_t count, int64_t rows, int64_t samples, bool lanes) {
+    const int64_t height = plan_.places[0], pieces = std::max<int64_t>(1, (height + rows - 1) / rows);
+    const int64_t each = std::max<int64_t>(1, (height + pieces - 1) / pieces);
+    for (int64_t h = 0; h < height; h += each)
+      units_.push_back({s, start, count, Path::kStrip, {h, std::min(each, height - h), samples, lanes}});
+  }
+
+  const T* input(int64_t row) const {
+    const int64_t r = row / batch_.inner, rest = row % batch_.inner;
+    const int64_t sample = batch_.order ? batch_.order[r] : r % batch_.samples;
+    return call_.x + (sample * batch_.inner + rest) * plan_.groups * plan_.channels * in_;
+  }
+
+  T* output(int64_t row) const {
+    const int64_t r = row / batch_.inner, rest = row % batch_.inner;
+    const int64_t sample = batch_.order ? batch_.order[r] : r;
+    return call_.y + (sample * batch_.inner + rest) * plan_.groups * plan_.rows * out_;
+  }
+
+  const T* weight(const Segment& segment, int64_t group) const {
+    return call_.weight + std::max<int64_t>(0, segment.mask) * call_.weight_stride + group * plan_.group_weights();
+  }
+
+  const T* bias(const Segment& segment, int64_t group) const {
+    if (!call_.bias) return nullptr;
+    return call_.bias + std::max<int64_t>(0, segment.mask) * call_.bias_stride + group * plan_.rows;
+  }
+
+  // A wide linear layer on few samples reads more weights than inputs: then all of x is packed first, and each chunk of
+  // the weight's rows passes all masks while it lies in L2. 2048 → 2048, 64 samples, 4 masks: 64 MB from L3 become 16.
+  static constexpr int64_t kChunkBytes = 128 << 10;
+
+  bool weight_bound() const {
+    const int64_t weights = plan_.group_weights() * int64_t(sizeof(T));
+    int64_t columns = 0;
+    for (const Unit& unit : units_) {
+      if (unit.path != Path::kStrip) return false;
+      columns += unit.strip.samples;
+    }
+    return in_ == 1 && out_ == 1 && plan_.groups == 1 && weights > 2 * kChunkBytes &&
+           columns * plan_.channels * int64_t(sizeof(T)) <= 16 * weights;
+  }
+
+  void run_by_rows(const Parallel& parallel) {
+    const int64_t L = k_.lanes, channels = plan_.channels;
+    std::vector<int64_t> at(units_.size() + 1, 0);
+    for (size_t u = 0; u < units_.size(); ++u) at[u + 1] = at[u] + units_[u].strip.samples * channels;
+    Scratch all;
+    T* x = all.take<T>(at.back());
+    parallel(int64_t(units_.size()), [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> place(channels);
+      for (int64_t u = begin; u < end; ++u) {
+        const Unit& unit = units_[u];
+        for (int64_t c = 0; c < channels; ++c) place[c] = c * unit.strip.samples;
+        for (int64_t lane = 0; lane < unit.strip.samples; lane += L) {
+          const int64_t here = std::min(L, unit.count - lane);
+          T* from[64];
+          for (int64_t s = 0; s < here; ++s) from[s] = const_cast<T*>(input(unit.start + lane + s));
+          k_.to_lanes({from, here, channels, x + at[u] + lane, place.data()});
+        }
+      }
+    });
+    // A tile of the weight, rows × inputs, stays in L2 while every mask passes it, and a mask's tile of x in L1.
+    int64_t most = 1, tile_inputs = channels;
+    for (const Segment& segment : segments_) {
+      most = std::max(most, segment.structure->at(plan_, 0, 0).tiles);
+      tile_inputs = std::min(tile_inputs, segment.structure->tile_inputs);
+    }
+    const int64_t rows = std::max<int64_t>(
+        64, kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, plan_.scatter ? channels : tile_inputs) / 16 * 16);
+    const int64_t chunks = (plan_.rows + rows - 1) / rows;
+    parallel(chunks, [&](int64_t begin, int64_t end) {
+      Scratch turned, results;
+      std::vector<int64_t> place(rows);
+      T* y = results.take<T>(rows * at.back() / std::max<int64_t>(1, channels));
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t row = chunk * rows, here = std::min(rows, plan_.rows - row);
+        T* w = plan_.scatter ? turned.take<T>(here * channels) : nullptr;
+        for (int64_t step = 0; step < most; ++step) {
+          int64_t turned_mask = -2;
+          for (size_t u = 0; u < units_.size(); ++u) {
+            const Unit& unit = units_[u];
+            const Segment& segment = segments_[unit.segment];
+            Multiply<T> m{};
+            m.kept = segment.structure->at(plan_, 0, 0);
+            m.kept.counts += row / kBlockRows * 16;
+            const int64_t tiles = m.kept.tiles;
+            m.kept.first_tile = tiles * step / most;
+            m.kept.tiles = tiles * (step + 1) / most;
+            m.x = x + at[u];
+            m.x_stride = unit.strip.samples;
+            m.w = weight(segment, 0) + row * plan_.row_stride();
+            m.w_stride = plan_.channel_stride();
+            m.w_row = plan_.row_stride();
+            if (chunk + 1 < end && !call_.weight_stride)
+              prefetch(row + rows, std::min(rows, plan_.rows - row - rows), step * units_.size() + u,
+                       most * units_.size());
+            if (plan_.scatter) {
+              // Columns of the weight, a power of two apart as often as not, would fall on the same few lines of L2.
+              const int64_t mask = call_.weight_stride ? segment.mask : -1;
+              if (turned_mask != mask && (step == 0 || mask >= 0)) turn(m.w, here, w);
+              turned_mask = mask;
+              m.w = w;
+              m.w_stride = 1;
+              m.w_row = channels;
+            }
+            m.bias = call_.bias ? bias(segment, 0) + row : nullptr;
+            m.rows = here;
+            m.y = y + at[u] / std::max<int64_t>(1, channels) * rows;
+            m.y_row = unit.strip.samples;
+            m.columns = granules(unit.count);
+            m.segments = 1;
+            k_.multiply(m);
+          }
+        }
+        for (size_t u = 0; u < units_.size(); ++u) {
+          const Unit& unit = units_[u];
+          const int64_t columns = unit.strip.samples;
+          for (int64_t r = 0; r < here; ++r) place[r] = r * columns;
+          for (int64_t lane = 0; lane < unit.count; lane += L) {
+            T* to[64];
+            const int64_t count = std::min(L, unit.count - lane);
+            for (int64_t s = 0; s < count; ++s) to[s] = output(unit.start + lane + s) + row;
+            k_.from_lanes({to, count, here, y + at[u] / std::max<int64_t>(1, channels) * rows + lane, place.data()});
+          }
+        }
+      }
+    });
+  }
+
+  // Part `part` of `parts` of the weight's rows [row, row + rows) into L2, while the chunk before them is computed. The
+  // kernels' own order would find them in DRAM one line at a time: 6 GB/s instead of 22.
+  void prefetch(int64_t row, int64_t rows, int64_t part, int64_t parts) const {
+    const int64_t stride = plan_.scatter ? plan_.channel_stride() : plan_.row_stride();
+    const int64_t lines = plan_.scatter ? plan_.channels : rows, length = plan_.scatter ? rows : plan_.channels;
+    const char* from = reinterpret_cast<const char*>(call_.weight + row * plan_.row_stride());
+    for (int64_t l = lines * part / parts; l < lines * (part + 1) / parts; ++l)
+      for (int64_t b = 0; b < length * int64_t(sizeof(T)); b += 64)
+        __builtin_prefetch(from + l * stride * int64_t(sizeof(T)) + b, 0, 2);
+  }
+
+  int64_t granules(int64_t columns) const { return (columns + k_.granule - 1) / k_.granule * k_.granule; }
+
+  // Rows [0, rows) of a scatter's weight, which lie across it, one after the other.
+  void turn(const T* from, int64_t rows, T* to) const {
+    const int64_t L = k_.lanes, channels = plan_.channels, stride = plan_.channel_stride();
+    std::vector<int64_t> place(rows);
+    for (int64_t r = 0; r < rows; ++r) place[r] = r * channels;
+    int64_t c = 0;
+    for (; c + L <= channels; c += L) {
+      T* lines[64];
+      for (int64_t l = 0; l < L; ++l) lines[l] = const_cast<T*>(from + (c + l) * stride);
+      k_.to_lanes({lines, L, rows, to + c, place.data()});
+    }
+    for (; c < channels; ++c)
+      for (int64_t r = 0; r < rows; ++r) to[r * channels + c] = from[c * stride + r];
+  }
+
+  class Worker {
+   public:
+    explicit Worker(const Runner& job) : job_(job), plan_(job.plan_), k_(job.k_) {
+      together_ = groups_together(plan_, sizeof(T));
+    }
+
+    void work(int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) {
+        const Unit& unit = job_.units_[u];
+        const Segment& segment = job_.segments_[unit.segment];
+        if (unit.path == Path::kInPlace)
+          in_place(unit, segment);
+        else if (unit.path == Path::kFilter)
+          filter(unit, segment);
+        else if (unit.path == Path::kFew)
+          few(unit, segment);
+        else
+          strip(unit, segment);
+      }
+    }
+
+   private:
+    void in_place(const Unit& unit, const Segment& segment) {
+      const int64_t pixels = job_.in_;
+      for (int64_t g = 0; g < plan_.groups; ++g) {
+        Multiply<T> m{};
+        m.kept = segment.structure->at(plan_, g, 0);
+        m.x = job_.input(unit.start) + g * plan_.channels * pixels;
+        m.x_stride = pixels;
+        m.w = job_.weight(segment, g);
+        m.w_stride = plan_.channel_stride();
+        m.w_row = plan_.row_stride();
+        m.bias = job_.bias(segment, g);
+        m.rows = plan_.rows;
+        m.y = job_.output(unit.start) + g * plan_.rows * pixels;
+        m.y_row = pixels;
+        m.columns = pixels;
+        m.segments = 1;
+        k_.multiply(m);
+      }
+    }
+
+    void few(const Unit& unit, const Segment& segment) {
+      for (int64_t g = 0; g < plan_.groups; ++g) {
+        const T* x[8];
+        T* y[8];
+        const int64_t row = unit.strip.first;
+        for (int64_t s = 0; s < unit.count; ++s) {
+          x[s] = job_.input(unit.start + s) + g * plan_.channels;
+          y[s] = job_.output(unit.start + s) + g * plan_.rows + row;
+        }
+        Few<T> m{};
+        m.x = x;
+        m.y = y;
+        m.samples = unit.count;
+        m.inputs = plan_.channels;
+        m.rows = unit.strip.height;
+        if (segment.mask >= 0)
+          m.words = job_.masks_.words + segment.mask * job_.masks_.mask_words +
+                    (g * plan_.rows + row) * job_.masks_.row_words;
+        m.words_row = job_.masks_.row_words;
+        m.w = job_.weight(segment, g) + row * plan_.channels;
+        m.w_row = plan_.channels;
+        m.bias = job_.call_.bias ? job_.bias(segment, g) + row : nullptr;
+        k_.few(m);
+      }
+    }
+
+    void filter(const Unit& unit, const Segment& segment) {
+      prepare(unit.strip);
+      if (last_ != unit.segment) {
+        // The kept taps of every channel, once for all samples of the mask.
+        last_ = unit.segment;
+        taps_.assign(1, 0);
+        values_.clear();
+        at_.clear();
+        const uint32_t* words =
+            segment.mask < 0 ? nullptr : job_.masks_.words + segment.mask * job_.masks_.mask_words;
+        const Phase& phase = plan_.phases[0];
+        for (int64_t g = 0; g < plan_.groups; ++g) {
+          for (size_t t = 0; t < phase.taps.size(); ++t) {
+            const int64_t tap = phase.taps[t];
+            if (words && !(words[g * job_.masks_.row_words + tap / 32] >> (tap % 32) & 1)) continue;
+            values_.push_back(job_.weight(segment, g)[tap]);
+            at_.push_back(tables_[0][t].x);
+          }
+          taps_.push_back(int64_t(values_.size()));
+        }
+      }
+      if (!packer_) packer_ = std::make_unique<Packer<T>>(plan_, 1);
+      const Phase& phase = plan_.phases[0];
+      const int64_t begin = std::max(unit.strip.first, phase.begin[0]);
+      const int64_t end = std::min(unit.strip.first + unit.strip.height, phase.end[0]);
+      for (int64_t g = 0; g < plan_.groups; ++g) {
+        const T* plane = job_.input(unit.start) + g * job_.in_;
+        const T* x = packer_->pack(unit.strip, &plane, 1);
+        Filter<T> m{};
+        m.x_row = plan_.plane_width();
+        m.x = x + (begin - unit.strip.first) * m.x_row + phase.begin[1];
+        m.weights = values_.data() + taps_[g];
+        m.at = at_.data() + taps_[g];
+        m.taps = taps_[g + 1] - taps_[g];
+        m.bias = job_.call_.bias ? *job_.bias(segment, g) : T(0);
+        m.y_row = plan_.out[1];
+        m.y = job_.output(unit.start) + g * job_.out_ + (begin + phase.shift[0]) * m.y_row + phase.begin[1] +
+              phase.shift[1];
+        m.height = end - begin;
+        m.width = phase.end[1] - phase.begin[1];
+        k_.filter(m);
+      }
+    }
+
+    void prepare(const Strip& strip) {
+      if (ready_ && strip == strip_) return;
+      ready_ = true;
+      strip_ = strip;
+      last_ = -1;
+      tables_.clear();
+      for (const Phase& phase : plan_.phases) tables_.push_back(offsets_of(plan_, phase, strip));
+    }
+
+    void strip(const Unit& unit, const Segment& segment) {
+      const Strip& strip = unit.strip;
+      if (!plan_.pointwise()) prepare(strip);
+      if (!packer_) packer_ = std::make_unique<Packer<T>>(plan_, together_ * plan_.channels);
+      from_.resize(unit.count);
+      for (int64_t g0 = 0; g0 < plan_.groups; g0 += together_) {
+        // The packer has room for `together_` groups; the last ones of x may be fewer, and are then taken one by one.
+        const int64_t groups = std::min(together_, plan_.groups - g0);
+        if (groups < together_) {
+          if (!single_) single_ = std::make_unique<Packer<T>>(plan_, plan_.channels);
+          for (int64_t g = g0; g < plan_.groups; ++g) run_groups(unit, segment, *single_, g, 1);
+          break;
+        }
+        run_groups(unit, segment, *packer_, g0, groups);
+      }
+    }
+
+    void run_groups(const Unit& unit, const Segment& segment, Packer<T>& packer, int64_t g0, int64_t groups) {
+      const Strip& strip = unit.strip;
+      for (int64_t s = 0; s < unit.count; ++s)
+        from_[s] = job_.input(unit.start + s) + g0 * plan_.channels * job_.in_;
+      const T* x = packer.pack(strip, from_.data(), unit.count);
+      for (size_t p = 0; p < plan_.phases.size(); ++p) {
+        const Phase& phase = plan_.phases[p];
+        const int64_t begin = std::max(strip.first, phase.begin[0]);
+        const int64_t end = std::min(strip.first + strip.height, phase.end[0]);
+        const int64_t height = end - begin, width = phase.end[1] - phase.begin[1];
+        if (height <= 0 || width <= 0) continue;
+        const int64_t line = plan_.plane_width() * strip.unit();
+        Multiply<T> m{};
+        m.rows = plan_.rows;
+        m.w_row = plan_.row_stride();
+        if (plan_.pointwise()) {
+          m.x_stride = strip.channel(plan_);
+          m.w_stride = plan_.channel_stride();
+        } else {
+          m.table = tables_[p].data();
+        }
+        if (strip.lanes) {
+          m.columns = width * strip.unit();
+          m.segments = height;
+          m.x_segment = line;
+          m.y_segment = m.columns;
+          if (m.columns == line) m.columns *= height, m.segments = 1;
+          m.y_row = height * width * strip.unit();
+          if (job_.out_ == 1 && job_.in_ == 1) m.columns = job_.granules(unit.count);
+        } else {
+          m.columns = (unit.count - 1) * strip.sample_plane(plan_) + (height - 1) * plan_.plane_width() + width;
+          m.columns = job_.granules(m.columns);
+          m.segments = 1;
+          m.y_row = m.columns;
+        }
+        T* y = y_.template take<T>(groups * plan_.rows * m.y_row);
+        for (int64_t g = 0; g < groups; ++g) {
+          m.kept = segment.structure->at(plan_, g0 + g, p);
+          m.x = x + g * plan_.channels * strip.channel(plan_) + (begin - strip.first) * line +
+                phase.begin[1] * strip.unit();
+          m.w = job_.weight(segment, g0 + g);
+          m.bias = job_.bias(segment, g0 + g);
+          m.y = y + g * plan_.rows * m.y_row;
+          k_.multiply(m);
+        }
+        if (strip.lanes)
+          unpack_lanes(unit, phase, begin, height, width, y, g0 * plan_.rows, groups * plan_.rows);
+        else
+          unpack_pixels(unit, phase, begin, height, width, y, m.y_row, g0 * plan_.rows, groups * plan_.rows);
+      }
+    }
+
+    void unpack_lanes(const Unit& unit, const Phase& phase, int64_t begin, int64_t height, int64_t width, T* y,
+                      int64_t row, int64_t rows) {
+      const int64_t samples = unit.strip.samples, area = height * width;
+      const bool dense = phase.step[0] == 1 && phase.step[1] == 1 && width == plan_.out[1];
+      const bool whole = dense && area == job_.out_;
+      const int64_t run = whole ? rows * area : area;
+      for (int64_t e = int64_t(place_.size()); e < run; ++e) place_.push_back(0);
+      if (place_unit_ != samples || place_run_ < run) {
+        for (int64_t e = 0; e < run; ++e) place_[e] = e * samples;
+        place_unit_ = samples;
+        place_run_ = run;
+      }
+      T* to[64];
+      T* spare = dense ? nullptr : spare_.template take<T>(k_.lanes * area);
+      for (int64_t lane = 0; lane < unit.count; lane += k_.lanes) {
+        const int64_t here = std::min<int64_t>(k_.lanes, unit.count - lane);
+        for (int64_t r = 0; r < (whole ? 1 : rows); ++r) {
+          for (int64_t s = 0; s < here; ++s) {
+            T* plane = job_.output(unit.start + lane + s) + (row + r) * job_.out_;
+            to[s] = dense ? plane + (begin + phase.shift[0]) * plan_.out[1] : spare + s * area;
+          }
+          k_.from_lanes({to, here, run, y + r * area * samples + lane, place_.data()});
+          if (dense) continue;
+          for (int64_t s = 0; s < here; ++s)
+            spread(spare + s * area, width, phase, begin, height, width,
+                   job_.output(unit.start + lane + s) + (row + r) * job_.out_);
+        }
+      }
+    }
+
+    void unpack_pixels(const Unit& unit, const Phase& phase, int64_t begin, int64_t height, int64_t width, const T* y,
+                       int64_t y_row, int64_t row, int64_t rows) {
+      for (int64_t s = 0; s < unit.count; ++s)
+        for (int64_t r = 0; r < rows; ++r)
+          spread(y + r * y_row + s * unit.strip.sample_plane(plan_), plan_.plane_width(), phase, begin, height, width,
+                 job_.output(unit.start + s) + (row + r) * job_.out_);
+    }
+
+    // Places (height, width) of one plane, `line` apart, to their pixels.
+    void spread(const T* from, int64_t line, const Phase& phase, int64_t begin, int64_t height, int64_t width,
+                T* plane) const {
+      for (int64_t h = 0; h < height; ++h) {
+        T* to = plane + ((begin + h) * phase.step[0] + phase.shift[0]) * plan_.out[1] +
+                phase.begin[1] * phase.step[1] + phase.shift[1];
+        if (phase.step[1] == 1)
+          std::memcpy(to, from + h * line, width * sizeof(T));
+        else
+          for (int64_t w = 0; w < width; ++w) to[w * phase.step[1]] = from[h * line + w];
+      }
+    }
+
+    const Runner& job_;
+    const Plan& plan_;
+    const Kernels<T>& k_;
+    int64_t together_;
+    std::unique_ptr<Packer<T>> packer_, single_;
+    Scratch y_, spare_;
+    bool ready_ = false;
+    Strip strip_;
+    std::vector<std::vector<Offset>> tables_;
+    std::vector<const T*> from_;
+    std::vector<int64_t> place_;
+    int64_t place_unit_ = 0, place_run_ = 0;
+    int64_t last_ = -1;
+    std::vector<int64_t> taps_, at_;
+    std::vector<T> values_;
+  };
+
+  const Plan& plan_;
+  const Batch& batch_;
+  const Masks& masks_;
+  const Forward<T>& call_;
+  const Kernels<T>& k_;
+  int64_t in_, out_;
+  std::vector<Segment> segments_;
+  std::vector<Unit> units_;
+};
+
+}  // namespace
+
+template <class T>
+void forward(const Plan& plan, const Batch& batch, const Masks& masks, const Forward<T>& call,
+             const Parallel& parallel) {
+  Runner<T>(plan, batch, masks, call).run(parallel);
+}
+
+template void forward(const Plan&, const Batch&, const Masks&, const Forward<float>&, const Parallel&);
+template void forward(const Plan&, const Batch&, const Masks&, const Forward<double>&, const Parallel&);
+
+}  // namespace rtl_kernels

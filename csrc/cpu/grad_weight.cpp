@@ -1,0 +1,284 @@
+#include <memory>
+
+#include "operators.h"
+#include "pack.h"
+#include "structure.h"
+
+namespace rtl_kernels {
+namespace {
+
+template <class T>
+class Gradient {
+ public:
+  Gradient(const Plan& plan, const Batch& batch, const Masks& masks, const GradWeight<T>& call,
+           const Parallel& parallel)
+      : plan_(plan), batch_(batch), masks_(masks), call_(call), parallel_(parallel), k_(kernels<T>()) {
+    in_ = plan.in[0] * plan.in[1];
+    out_ = plan.out[0] * plan.out[1];
+  }
+
+  // Masks one after another, and a mask's samples piece by piece, so that sums do not depend on the threads: these
+  // divide the rows of the weight among them.
+  void run() {
+    for (int64_t g = 0; g <= batch_.masks; ++g) {
+      const int64_t start = batch_.offsets[g] * batch_.inner, stop = batch_.offsets[g + 1] * batch_.inner;
+      if (stop == start) continue;
+      words_ = g ? masks_.words + (g - 1) * masks_.mask_words : nullptr;
+      dw_ = call_.dw + std::max<int64_t>(0, g - 1) * call_.weight_stride;
+      structure_ = structure_of(plan_, words_, masks_.row_words);
+      segment(start, stop);
+    }
+  }
+
+ private:
+  const T* input(int64_t row) const {
+    const int64_t r = row / batch_.inner, rest = row % batch_.inner;
+    const int64_t sample = batch_.order ? batch_.order[r] : r % call_.input_samples;
+    return call_.input + (sample * batch_.inner + rest) * plan_.groups * plan_.channels * in_;
+  }
+
+  const T* output(int64_t row) const {
+    const int64_t r = row / batch_.inner, rest = row % batch_.inner;
+    const int64_t sample = batch_.order ? batch_.order[r] : r % call_.output_samples;
+    return call_.output + (sample * batch_.inner + rest) * plan_.groups * plan_.rows * out_;
+  }
+
+  void segment(int64_t start, int64_t stop) {
+    const int64_t L = k_.lanes, count = stop - start;
+    const int64_t height = plan_.places[0];
+    if (in_ == 1 && out_ == 1) {
+      // A dot product costs its multiply-adds and about 4 cycles to add up its lanes; a dense tile's element costs the
+      // multiply-adds alone, but for pruned weights too. In vectors of samples, with what was measured for each:
+      const double vectors = double(count) / L;
+      const double weights = double(plan_.groups * plan_.group_weights());
+      if (double(structure_->kept) * (1.4 * vectors + 4) > weights * 1.15 * vectors) {
+        outer(start, count);
+        return;
+      }
+      const int64_t each = 16 * L;
+      for (int64_t i = 0; i < count; i += each) {
+        const int64_t here = std::min(each, count - i);
+        piece(start + i, here, {0, 1, (here + L - 1) / L * L, true});
+      }
+      return;
+    }
+    const int64_t plane = plan_.plane_width() * (height + plan_.reach[0]);
+    int64_t done = 0;
+    while (count > done && (count - done >= L || worth_lanes(plan_, count - done, L))) {
+      const int64_t here = std::min(L, count - done);
+      strips(start + done, here, strip_rows(plan_, L, sizeof(T), 1 << 20, 4), L, true);
+      done += here;
+    }
+    if (done < count) {
+      const int64_t each = std::max<int64_t>(1, std::min(count - done, 768 / std::max<int64_t>(1, plane)));
+      const int64_t rows = std::max<int64_t>(plan_.reach[0] + 1, std::min(768 / plan_.plane_width() + 1,
+                                                                          strip_rows(plan_, 1, sizeof(T), 1 << 19, 1)));
+      for (int64_t i = done; i < count; i += each)
+        strips(start + i, std::min(each, count - i), each > 1 ? height : rows, each, false);
+    }
+  }
+
+  void strips(int64_t start, int64_t count, int64_t rows, int64_t samples, bool lanes) {
+    const int64_t height = plan_.places[0], pieces = std::max<int64_t>(1, (height + rows - 1) / rows);
+    const int64_t each = std::max<int64_t>(1, (height + pieces - 1) / pieces);
+    for (int64_t h = 0; h < height; h += each)
+      piece(start, count, {h, std::min(each, height - h), samples, lanes});
+  }
+
+  void piece(int64_t start, int64_t count, const Strip& strip) {
+    const int64_t together = groups_together(plan_, sizeof(T));
+    for (int64_t g = 0; g < plan_.groups; g += together)
+      groups(start, count, strip, g, std::min(together, plan_.groups - g));
+  }
+
+  void groups(int64_t start, int64_t count, const Strip& strip, int64_t g0, int64_t groups) {
+    const Phase& phase = plan_.phases[0];
+    const int64_t L = k_.lanes, height = strip.height, width = plan_.out[1], unit = strip.unit();
+    if (width == 0) return;
+    auto& packer = packers_[groups == groups_together(plan_, sizeof(T)) ? 0 : 1];
+    if (!packer) packer = std::make_unique<Packer<T>>(plan_, groups * plan_.channels);
+    if (!plan_.pointwise() && (!ready_ || !(strip == strip_))) {
+      ready_ = true;
+      strip_ = strip;
+      table_ = offsets_of(plan_, phase, strip);
+    }
+    // dy lies as the places do: whole in lanes; among zeros, one plane's width apart, in pixels.
+    const int64_t line = plan_.plane_width() * unit;
+    int64_t dy_row, dy_line;
+    if (strip.lanes) {
+      dy_line = width * unit;
+      dy_row = height * dy_line;
+    } else {
+      dy_line = line;
+      const int64_t columns = (count - 1) * strip.sample_plane(plan_) + (height - 1) * line + width;
+      dy_row = (columns + L - 1) / L * L;
+    }
+    x_rows_.resize(count);
+    for (int64_t s = 0; s < count; ++s) x_rows_[s] = input(start + s) + g0 * plan_.channels * in_;
+    T* dy = dy_.template take<T>(groups * plan_.rows * dy_row);
+    const T* x = nullptr;
+    parallel_(2, [&](int64_t begin, int64_t end) {
+      if (begin == 0) x = packer->pack(strip, x_rows_.data(), count);
+      if (end == 2) pack_dy(start, count, strip, g0, groups, dy, dy_row, dy_line);
+    });
+    const int64_t blocks = (plan_.rows + kBlockRows - 1) / kBlockRows;
+    parallel_(groups * blocks, [&](int64_t begin, int64_t end) {
+      // Of each row of dy 4 KiB at a time: four rows and the inputs they meet stay in L1.
+      const int64_t run = strip.lanes ? dy_line : dy_row;
+      const bool joined = strip.lanes && dy_line == line;
+      const int64_t total = strip.lanes ? (joined ? height * dy_line : dy_line) : dy_row;
+      const int64_t lines = strip.lanes && !joined ? height : 1;
+      const int64_t most = std::max<int64_t>(L, 4096 / int64_t(sizeof(T)));
+      const int64_t lines_each = std::max<int64_t>(1, most / std::max<int64_t>(1, run));
+      for (int64_t l = 0; l < lines; l += lines_each) {
+        for (int64_t c = 0; c < total; c += most) {
+          for (int64_t at = begin; at < end;) {
+            const int64_t g = at / blocks, first = at % blocks, last = std::min(blocks, first + end - at);
+            Correlate<T> m{};
+            m.kept = structure_->at(plan_, g0 + g, 0);
+            m.x = x + g * plan_.channels * strip.channel(plan_) + l * line + c;
+            m.x_stride = strip.channel(plan_);
+            m.table = plan_.pointwise() ? nullptr : table_.data();
+            m.dy = dy + g * plan_.rows * dy_row + l * dy_line + c;
+            m.dy_row = dy_row;
+            m.first_block = first;
+            m.end_block = last;
+            m.g = dw_ + (g0 + g) * plan_.group_weights();
+            m.g_row = plan_.row_stride();
+            m.columns = std::min(most, total - c);
+            m.segments = std::min(lines_each, lines - l);
+            m.x_segment = line;
+            m.dy_segment = dy_line;
+            k_.correlate(m);
+            at += last - first;
+          }
+        }
+      }
+    });
+  }
+
+  void pack_dy(int64_t start, int64_t count, const Strip& strip, int64_t g0, int64_t groups, T* dy, int64_t dy_row,
+               int64_t dy_line) {
+    const int64_t rows = groups * plan_.rows, width = plan_.out[1], area = strip.height * width;
+    if (strip.lanes) {
+      const bool whole = area == out_;
+      const int64_t run = whole ? rows * area : area;
+      place_.resize(run);
+      for (int64_t e = 0; e < run; ++e) place_[e] = e * strip.samples;
+      T* from[64];
+      for (int64_t lane = 0; lane < strip.samples; lane += k_.lanes) {
+        const int64_t here = std::max<int64_t>(0, std::min<int64_t>(k_.lanes, count - lane));
+        for (int64_t r = 0; r < (whole ? 1 : rows); ++r) {
+          for (int64_t s = 0; s < here; ++s)
+            from[s] = const_cast<T*>(output(start + lane + s)) + (g0 * plan_.rows + r) * out_ + strip.first * width;
+          k_.to_lanes({from, here, run, dy + r * dy_row + lane, place_.data()});
+        }
+      }
+      return;
+    }
+    std::memset(dy, 0, rows * dy_row * sizeof(T));
+    for (int64_t s = 0; s < count; ++s)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t h = 0; h < strip.height; ++h)
+          std::memcpy(dy + r * dy_row + s * strip.sample_plane(plan_) + h * dy_line,
+                      output(start + s) + (g0 * plan_.rows + r) * out_ + (strip.first + h) * width, width * sizeof(T));
+  }
+
+  void outer(int64_t start, int64_t count) {
+    // 64 samples at a time: their inputs stay in L2 while the rows of the weight pass.
+    constexpr int64_t kSamples = 64;
+    for (int64_t i = 0; i < count; i += kSamples) {
+      const int64_t here = std::min(kSamples, count - i);
+      for (int64_t g = 0; g < plan_.groups; ++g) {
+        // Whole tiles of 6 rows a thread.
+        const int64_t tiles = (plan_.rows + 5) / 6;
+        parallel_(tiles, [&](int64_t begin, int64_t end) {
+          const int64_t row = begin * 6;
+          const T* x[kSamples];
+          const T* dy[kSamples];
+          for (int64_t s = 0; s < here; ++s) {
+            x[s] = input(start + i + s) + g * plan_.channels;
+            dy[s] = output(start + i + s) + g * plan_.rows + row;
+          }
+          Outer<T> m{};
+          m.x = x;
+          m.dy = dy;
+          m.samples = here;
+          m.inputs = plan_.channels;
+          m.rows = std::min(end * 6, plan_.rows) - row;
+          m.words = words_ ? words_ + (g * plan_.rows + row) * masks_.row_words : nullptr;
+          m.words_row = masks_.row_words;
+          m.g = dw_ + g * plan_.group_weights() + row * plan_.channels;
+          m.g_row = plan_.channels;
+          k_.outer(m);
+        });
+      }
+    }
+  }
+
+  const Plan& plan_;
+  const Batch& batch_;
+  const Masks& masks_;
+  const GradWeight<T>& call_;
+  const Parallel& parallel_;
+  const Kernels<T>& k_;
+  int64_t in_, out_;
+  const uint32_t* words_ = nullptr;
+  T* dw_ = nullptr;
+  std::shared_ptr<const Structure> structure_;
+  std::unique_ptr<Packer<T>> packers_[2];
+  Scratch dy_;
+  bool ready_ = false;
+  Strip strip_;
+  std::vector<Offset> table_;
+  std::vector<const T*> x_rows_;
+  std::vector<int64_t> place_;
+};
+
+// Sum of a run: 16 partial sums added in a fixed order, as vectors would.
+template <class T>
+double sum(const T* from, int64_t count) {
+  T part[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int l = 0; l < 16; ++l) part[l] += from[i + l];
+  double total = 0;
+  for (; i < count; ++i) total += from[i];
+  for (int l = 0; l < 16; ++l) total += part[l];
+  return total;
+}
+
+}  // namespace
+
+template <class T>
+void grad_weight(const Plan& plan, const Batch& batch, const Masks& masks, const GradWeight<T>& call,
+                 const Parallel& parallel) {
+  Gradient<T>(plan, batch, masks, call, parallel).run();
+}
+
+template <class T>
+void grad_bias(const Batch& batch, const T* dy, int64_t channels, int64_t pixels, T* db, int64_t bias_stride) {
+  std::vector<double> total(channels);
+  for (int64_t g = 0; g <= batch.masks; ++g) {
+    if (bias_stride || g == 0) std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t r = batch.offsets[g]; r < batch.offsets[g + 1]; ++r) {
+      const T* row = dy + (batch.order ? batch.order[r] : r) * batch.inner * channels * pixels;
+      if (pixels == 1) {
+        for (int64_t i = 0; i < batch.inner; ++i)
+          for (int64_t c = 0; c < channels; ++c) total[c] += row[i * channels + c];
+      } else {
+        for (int64_t c = 0; c < channels; ++c) total[c] += sum(row + c * pixels, pixels);
+      }
+    }
+    if (bias_stride ? g > 0 : g == batch.masks)
+      for (int64_t c = 0; c < channels; ++c) db[std::max<int64_t>(0, g - 1) * bias_stride + c] = T(total[c]);
+  }
+}
+
+#define RTL_INSTANTIATE(T)                                                                                       \
+  template void grad_weight(const Plan&, const Batch&, const Masks&, const GradWeight<T>&, const Parallel&); \
+  template void grad_bias(const Batch&, const T*, int64_t, int64_t, T*, int64_t);
+RTL_INSTANTIATE(float)
+RTL_INSTANTIATE(double)
+
+}  // namespace rtl_kernels

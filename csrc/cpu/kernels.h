@@ -1,0 +1,165 @@
+// The inner loops, compiled once for every instruction set (level_*.cpp) and reached through a table of pointers.
+//
+// Nothing from std or torch is included here or in kernels_impl.h: an inline function of theirs, compiled with AVX-512
+// flags in one file, could be the copy the linker keeps for all of them (one definition rule), and crash elsewhere.
+#pragma once
+
+#include <stdint.h>
+
+namespace rtl_kernels {
+
+// Output rows are taken in blocks of four; an input is filed under the 4-bit pattern of the rows that keep it.
+constexpr int kBlockRows = 4;
+constexpr int kPatterns = 15;
+
+// Where one kept (channel, tap) lies: x from the column's address, w from the row's first weight; in elements.
+struct Offset {
+  int64_t x;
+  int64_t w;
+};
+
+// One mask over `rows` outputs and all their inputs, in tiles of `tile_inputs` inputs: for every tile and block of rows
+// the inputs it keeps, bucketed by pattern (1..15), ascending inside.
+struct Kept {
+  const uint32_t* counts;  // (tiles, blocks, 16): inputs of pattern p at [p], at [0] where the block's indices start
+  const uint16_t* index;   // inputs, relative to their tile
+  int64_t tiles;
+  int64_t tile_inputs;
+  int64_t blocks;
+  int64_t first_tile;  // of Multiply: tiles before it have been added to y already
+};
+
+// y[r][c] = b[r] + Σ_{kept (r, j)} w[r, j] · x[j][c] for columns 0..columns of every segment.
+template <class T>
+struct Multiply {
+  Kept kept;
+  const T* x;           // first column of the first input
+  int64_t x_stride;     // input j lies at x + j · x_stride and its weight at j · w_stride, unless `table` says where
+  int64_t w_stride;
+  const Offset* table;  // of every input, or null
+  const T* w;
+  int64_t w_row;        // elements between the weights of one row and the next
+  const T* bias;        // of every row, or null
+  int64_t rows;
+  T* y;
+  int64_t y_row;
+  int64_t columns;      // a multiple of the granule
+  int64_t segments;     // runs of columns, x_segment and y_segment apart
+  int64_t x_segment;
+  int64_t y_segment;
+};
+
+// g[r, j] += Σ_c dy[r][c] · x[j][c] over kept (r, j).
+template <class T>
+struct Correlate {
+  Kept kept;
+  const T* x;
+  int64_t x_stride;
+  const Offset* table;  // only .x is read: a gradient lies as the rows of the weight do
+  const T* dy;
+  int64_t dy_row;
+  int64_t first_block;  // blocks [first_block, end_block) of rows
+  int64_t end_block;
+  T* g;
+  int64_t g_row;
+  int64_t columns;      // a multiple of the lanes
+  int64_t segments;
+  int64_t x_segment;
+  int64_t dy_segment;
+};
+
+// g[o][i] += Σ_s dy[s][o] · x[s][i] where the mask keeps (o, i); words null: everywhere. Rows o in [0, rows).
+template <class T>
+struct Outer {
+  const T* const* x;   // `samples` rows of `inputs` elements
+  const T* const* dy;  // `samples` rows, from the first output wanted
+  int64_t samples;
+  int64_t inputs;
+  int64_t rows;
+  const uint32_t* words;
+  int64_t words_row;
+  T* g;
+  int64_t g_row;
+};
+
+// y[s][o] = b[o] + Σ_i m[o, i] w[o][i] · x[s][i] of a few samples: the mask's words applied to whole vectors of weights.
+template <class T>
+struct Few {
+  const T* const* x;
+  T* const* y;
+  int64_t samples;
+  int64_t inputs;
+  int64_t rows;
+  const uint32_t* words;  // or null
+  int64_t words_row;
+  const T* w;
+  int64_t w_row;
+  const T* bias;  // or null
+};
+
+// Samples as lanes: `count` <= lanes rows of `length` elements <-> one vector of lanes for every element, at
+// `place[e]` elements from `lanes_at` (lanes past `count` are written as zeros, and not read).
+template <class T>
+struct Lanes {
+  T* const* rows;
+  int64_t count;
+  int64_t length;
+  T* lanes_at;
+  const int64_t* place;
+};
+
+// One channel of one sample against its own filter: y[h][w] = bias + Σ_taps w[t] · x[h · x_row + at[t] + w · x_step].
+template <class T>
+struct Filter {
+  const T* x;
+  int64_t x_row;
+  const T* weights;  // kept taps only
+  const int64_t* at;
+  int64_t taps;
+  T bias;
+  T* y;
+  int64_t y_row;
+  int64_t height;
+  int64_t width;  // x is readable up to a whole vector past it
+};
+
+template <class T>
+struct Kernels {
+  int lanes;
+  int granule;        // of Multiply's columns: the lanes, or half of them
+  int block_columns;  // columns held in registers at once
+  void (*multiply)(const Multiply<T>&);
+  void (*correlate)(const Correlate<T>&);
+  void (*outer)(const Outer<T>&);
+  void (*few)(const Few<T>&);
+  void (*to_lanes)(const Lanes<T>&);
+  void (*from_lanes)(const Lanes<T>&);
+  void (*filter)(const Filter<T>&);
+};
+
+struct Level {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+extern const Level kLevelBaseline;
+#if defined(__x86_64__)
+extern const Level kLevelAvx2;
+extern const Level kLevelAvx512;
+#endif
+
+const Level& level();  // the one this process uses: dispatch.cpp
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return level().f32;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return level().f64;
+}
+
+}  // namespace rtl_kernels

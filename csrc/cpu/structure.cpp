@@ -1,0 +1,162 @@
+#include "structure.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <list>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+namespace rtl_kernels {
+namespace {
+
+// Inputs a tile. Long buckets keep the 15 loops of a block predictable, short tiles keep the inputs in L1: the sparser
+// the mask the longer, since a block then touches each input less often.
+int64_t tile_inputs(const Plan& plan, int64_t kept) {
+  const int64_t inputs = std::max<int64_t>(1, plan.channels * plan.taps);
+  const int64_t weights = plan.groups * plan.rows * inputs;
+  const int64_t most = plan.taps > 1 ? (kept * 100 >= weights * 35 ? 288 : 576) : kept * 100 >= weights * 35 ? 320 : 512;
+  const int64_t tiles = (inputs + most - 1) / most;
+  return (inputs + tiles - 1) / tiles;
+}
+
+int64_t weight_rows(const Plan& plan) { return plan.groups * (plan.scatter ? plan.channels : plan.rows); }
+
+int64_t count_bits(const Plan& plan, const uint32_t* words, int64_t words_row) {
+  if (!words) return plan.groups * plan.group_weights();
+  int64_t bits = 0;
+  for (int64_t i = 0; i < weight_rows(plan) * words_row; ++i) bits += __builtin_popcount(words[i]);
+  return bits;
+}
+
+std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words, int64_t words_row) {
+  auto structure = std::make_shared<Structure>();
+  Structure& s = *structure;
+  s.kept = count_bits(plan, words, words_row);
+  s.tile_inputs = tile_inputs(plan, s.kept);
+  const int64_t blocks = (plan.rows + kBlockRows - 1) / kBlockRows;
+  std::vector<uint8_t> pattern(s.tile_inputs);
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    for (const Phase& phase : plan.phases) {
+      const int64_t slots = phase.taps.size(), inputs = plan.channels * slots;
+      const int64_t tiles = std::max<int64_t>(1, (inputs + s.tile_inputs - 1) / s.tile_inputs);
+      const Structure::Part part{int64_t(s.counts.size()), int64_t(s.index.size()), tiles};
+      s.parts.push_back(part);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = tile * s.tile_inputs, count = std::min(s.tile_inputs, inputs - first);
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t row = block * kBlockRows, height = std::min<int64_t>(kBlockRows, plan.rows - row);
+          uint32_t counts[16] = {};
+          int64_t channel = count > 0 ? first / slots : 0, slot = count > 0 ? first % slots : 0;
+          for (int64_t j = 0; j < count; ++j) {
+            unsigned bits = 0;
+            for (int64_t r = 0; r < height; ++r) {
+              bool keep = true;
+              if (words) {
+                const int64_t lead = group * (plan.scatter ? plan.channels : plan.rows) +
+                                     (plan.scatter ? channel : row + r);
+                const int64_t at = (plan.scatter ? row + r : channel) * plan.taps + phase.taps[slot];
+                keep = words[lead * words_row + at / 32] >> (at % 32) & 1;
+              }
+              bits |= unsigned(keep) << r;
+            }
+            pattern[j] = bits;
+            ++counts[bits];
+            if (++slot == slots) slot = 0, ++channel;
+          }
+          const int64_t start = int64_t(s.index.size()) - part.index;
+          if (start > INT64_C(0xffffffff)) throw std::length_error("a mask keeps more than 2^32 inputs of a group");
+          uint32_t next[16];
+          uint32_t total = 0;
+          for (int p = 1; p < 16; ++p) next[p] = total, total += counts[p];
+          counts[0] = uint32_t(start);
+          s.counts.insert(s.counts.end(), counts, counts + 16);
+          s.index.resize(s.index.size() + total);
+          uint16_t* index = s.index.data() + part.index + start;
+          for (int64_t j = 0; j < count; ++j)
+            if (pattern[j]) index[next[pattern[j]]++] = uint16_t(j);
+        }
+      }
+    }
+  }
+  s.index.shrink_to_fit();
+  s.counts.shrink_to_fit();
+  return structure;
+}
+
+using Key = std::vector<int64_t>;
+
+struct Entry {
+  std::vector<uint32_t> words;
+  std::shared_ptr<const Structure> structure;
+  int64_t bytes;
+  std::list<Key>::iterator used;
+};
+
+struct Cache {
+  std::mutex mutex;
+  std::map<Key, Entry> entries;
+  std::list<Key> order;  // least recently used first
+  int64_t bytes = 0;
+  int64_t limit;
+
+  Cache() {
+    const char* megabytes = std::getenv("RTL_KERNELS_CACHE_MB");
+    limit = (megabytes && *megabytes ? std::atoll(megabytes) : 1024) << 20;
+  }
+
+  void drop(std::map<Key, Entry>::iterator at) {
+    bytes -= at->second.bytes;
+    order.erase(at->second.used);
+    entries.erase(at);
+  }
+};
+
+Cache& cache() {
+  static Cache* const instance = new Cache;  // never destroyed: threads may outlive static destructors
+  return *instance;
+}
+
+}  // namespace
+
+std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row) {
+  const int64_t length = words ? weight_rows(plan) * words_row : 0;
+  Key key = {int64_t(reinterpret_cast<intptr_t>(words)), length, plan.scatter, plan.groups, plan.rows, plan.channels,
+             plan.kernel[0], plan.kernel[1]};
+  if (plan.scatter && plan.taps > 1)  // only then do the taps fall into phases
+    key.insert(key.end(), {plan.stride[0], plan.stride[1], plan.dilation[0], plan.dilation[1]});
+  else if (plan.scatter)
+    key.insert(key.end(), {plan.stride[0], plan.stride[1]});
+  Cache& c = cache();
+  std::unique_lock<std::mutex> lock(c.mutex);
+  auto found = c.entries.find(key);
+  if (found != c.entries.end()) {
+    Entry& entry = found->second;
+    if (std::memcmp(entry.words.data(), words, length * sizeof(uint32_t)) == 0) {
+      c.order.splice(c.order.end(), c.order, entry.used);
+      return entry.structure;
+    }
+    c.drop(found);
+  }
+  lock.unlock();
+  std::vector<uint32_t> copy(words, words + length);  // compiled from the copy: a writer meanwhile is its own problem
+  auto structure = compile(plan, words ? copy.data() : nullptr, words_row);
+  const int64_t bytes = int64_t(copy.size() * 4 + structure->counts.size() * 4 + structure->index.size() * 2 +
+                                structure->parts.size() * sizeof(Structure::Part) + 256);
+  lock.lock();
+  if (bytes > c.limit || c.entries.count(key)) return structure;
+  while (c.bytes + bytes > c.limit && !c.order.empty()) c.drop(c.entries.find(c.order.front()));
+  c.order.push_back(key);
+  c.entries.emplace(key, Entry{std::move(copy), structure, bytes, std::prev(c.order.end())});
+  c.bytes += bytes;
+  return structure;
+}
+
+int64_t cached_bytes() {
+  std::unique_lock<std::mutex> lock(cache().mutex);
+  return cache().bytes;
+}
+
+}  // namespace rtl_kernels

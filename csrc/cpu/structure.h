@@ -1,0 +1,39 @@
+// A mask compiled for one plan: for every block of four output rows, which inputs it keeps, bucketed by pattern.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace rtl_kernels {
+
+struct Structure {
+  int64_t tile_inputs;
+  int64_t kept;  // weights
+  struct Part {  // of one group and phase
+    int64_t counts, index, tiles;
+  };
+  std::vector<Part> parts;  // (groups, phases)
+  std::vector<uint32_t> counts;
+  std::vector<uint16_t> index;
+
+  Kept at(const Plan& plan, int64_t group, int64_t phase) const {
+    const Part& part = parts[group * plan.phases.size() + phase];
+    const int64_t blocks = (plan.rows + kBlockRows - 1) / kBlockRows;
+    return {counts.data() + part.counts, index.data() + part.index, part.tiles, tile_inputs, blocks, 0};
+  }
+};
+
+// The structure of one mask of `words` int32 words (rows of the weight's leading dimension, `words_row` each), or of all
+// ones where `words` is null. Kept from call to call: found by the words' address and CHECKED against a copy of the bits,
+// so that a mask changed in place, by whatever means, or another one at a freed mask's address is compiled anew. The
+// check reads 1/32 of the mask's weights' bytes (40 ns for 128 × 128). Bounded: RTL_KERNELS_CACHE_MB, 1024 if unset, of
+// the least recently used go. A structure takes 2 bytes for each (block of four rows, input) that keeps anything.
+std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row);
+
+int64_t cached_bytes();
+
+}  // namespace rtl_kernels

@@ -1,0 +1,361 @@
+// The raw operators of the cpu backend (schemas: rtl_kernels/ops.py) under the CPU dispatch key.
+//
+// Through torch's stable ABI: it carries all we need (allocation, widening, torch's own threads), one build serves every
+// torch from 2.10 on, and its headers compile in seconds.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/operators.h"
+
+namespace rtl_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  if (count > 0) torch::stable::parallel_for(0, count, 1, body);
+}
+
+Ints sizes(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+// float16 and bfloat16 are computed in float32.
+Tensor widened(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  const Tensor wide = dtype == ScalarType::Float || dtype == ScalarType::Double
+                          ? tensor
+                          : torch::stable::to(tensor, ScalarType::Float);
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+}
+
+Tensor narrowed(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// The route and the masks, checked: nothing is read out of bounds whatever these tensors hold.
+struct Groups {
+  Tensor words, offsets;
+  std::optional<Tensor> order;
+  Batch batch;
+  Masks masks;
+
+  Groups(const Tensor& words_, const Tensor& offsets_, const std::optional<Tensor>& order_, int64_t samples,
+         int64_t repeat, int64_t rows, int64_t inner, int64_t lead, int64_t bits)
+      : words(words_.is_contiguous() ? words_ : torch::stable::contiguous(words_)),
+        offsets(offsets_.is_contiguous() ? offsets_ : torch::stable::contiguous(offsets_)),
+        order(order_ && !order_->is_contiguous() ? torch::stable::contiguous(*order_) : order_) {
+    STD_TORCH_CHECK(words.dim() == 3 && words.scalar_type() == ScalarType::Int && words.size(1) == lead &&
+                        words.size(2) == (bits + 31) / 32,
+                    "words do not fit the weight: expected int32 (K, ", lead, ", ", (bits + 31) / 32, ")");
+    STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long &&
+                        offsets.size(0) == words.size(0) + 2,
+                    "offsets do not fit the masks: expected int64 (", words.size(0) + 2, ",)");
+    const int64_t* at = offsets.const_data_ptr<int64_t>();
+    STD_TORCH_CHECK(at[0] == 0 && at[words.size(0) + 1] == rows, "offsets span rows ", at[0], " to ",
+                    at[words.size(0) + 1], ", expected 0 to ", rows);
+    for (int64_t g = 0; g <= words.size(0); ++g)
+      STD_TORCH_CHECK(at[g] <= at[g + 1], "offsets fall from ", at[g], " to ", at[g + 1], ", expected them ascending");
+    const int64_t* row = nullptr;
+    if (order) {
+      STD_TORCH_CHECK(repeat == 1 && order->scalar_type() == ScalarType::Long && order->dim() == 1 &&
+                          order->size(0) == rows,
+                      "order does not fit the batch: expected int64 (", rows, ",) and repeat 1");
+      row = order->const_data_ptr<int64_t>();
+      for (int64_t r = 0; r < rows; ++r)
+        STD_TORCH_CHECK(row[r] >= 0 && row[r] < rows, "order holds ", row[r], ", but there are ", rows, " rows");
+    }
+    batch = {at, words.size(0), row, samples, inner};
+    masks = {static_cast<const uint32_t*>(words.const_data_ptr()), words.size(1) * words.size(2), words.size(2)};
+  }
+};
+
+struct Weight {
+  Tensor tensor;
+  int64_t stride;
+
+  Weight(const Tensor& weight, bool untied)
+      : tensor(widened(weight)), stride(untied ? weight.numel() / std::max<int64_t>(1, weight.size(0)) : 0) {}
+};
+
+void refuse_dense(const Groups& groups, bool untied) {
+  STD_TORCH_CHECK(!untied || groups.batch.offsets[1] == 0,
+                  "index holds -1 (no mask), but the weights are untied: expected 0..K-1");
+}
+
+template <class T>
+void run_forward(const Plan& plan, const Groups& groups, const Tensor& x, const Weight& weight,
+                 const std::optional<Tensor>& bias, Tensor& y) {
+  Forward<T> call{};
+  call.x = x.const_data_ptr<T>();
+  call.weight = weight.tensor.const_data_ptr<T>();
+  call.weight_stride = weight.stride;
+  call.bias = bias ? bias->const_data_ptr<T>() : nullptr;
+  call.bias_stride = weight.stride && bias ? bias->numel() / std::max<int64_t>(1, bias->size(0)) : 0;
+  call.y = y.mutable_data_ptr<T>();
+  forward<T>(plan, groups.batch, groups.masks, call, parallel);
+}
+
+// y (rows, ...) of the plan; for a derivative over repeated samples, summed to (rows / repeat, ...).
+Tensor apply(const Plan& plan, const Groups& groups, const Tensor& x, const Weight& weight,
+             const std::optional<Tensor>& bias, const Ints& y_size, int64_t summed, ScalarType dtype) {
+  const Tensor wide = widened(x);
+  std::optional<Tensor> b;
+  if (bias) b = widened(*bias);
+  Ints rows_size = y_size;
+  rows_size[0] *= summed;
+  Tensor y = torch::stable::new_empty(wide, rows_size);
+  if (y.numel() > 0) {
+    if (wide.scalar_type() == ScalarType::Double)
+      run_forward<double>(plan, groups, wide, weight, b, y);
+    else
+      run_forward<float>(plan, groups, wide, weight, b, y);
+  }
+  if (summed > 1) {
+    Ints parts = y_size;
+    parts.insert(parts.begin(), summed);
+    const int64_t first = 0;
+    y = torch::stable::sum(torch::stable::view(y, parts), torch::headeronly::IntHeaderOnlyArrayRef(&first, 1));
+  }
+  return narrowed(y, dtype);
+}
+
+template <class T>
+void run_grad_weight(const Plan& plan, const Groups& groups, const Tensor& input, const Tensor& output, Tensor& dw,
+                     int64_t stride) {
+  GradWeight<T> call{input.const_data_ptr<T>(), output.const_data_ptr<T>(), dw.mutable_data_ptr<T>(), stride,
+                     std::max<int64_t>(1, input.size(0)), std::max<int64_t>(1, output.size(0))};
+  grad_weight<T>(plan, groups.batch, groups.masks, call, parallel);
+}
+
+template <class T>
+void run_grad_bias(const Groups& groups, const Tensor& dy, int64_t channels, int64_t pixels, Tensor& db, bool untied) {
+  grad_bias<T>(groups.batch, dy.const_data_ptr<T>(), channels, pixels, db.mutable_data_ptr<T>(),
+               untied ? channels : 0);
+}
+
+// dw and db; `input` and `output` are the plan's, which for a transposed convolution are dy and x.
+std::tuple<Tensor, Tensor> weight_gradients(const Plan& plan, const Groups& groups, const Tensor& input,
+                                            const Tensor& output, const Tensor& dy, int64_t channels, int64_t pixels,
+                                            const Ints& weight_size, bool untied, bool bias) {
+  const ScalarType dtype = dy.scalar_type();
+  const Tensor wide = widened(input), wide_output = widened(output);
+  Tensor dw = torch::stable::new_zeros(wide, weight_size);
+  const int64_t stride = untied ? dw.numel() / std::max<int64_t>(1, weight_size[0]) : 0;
+  const bool is_double = wide.scalar_type() == ScalarType::Double;
+  if (dw.numel() > 0 && wide.numel() > 0 && wide_output.numel() > 0) {
+    if (is_double)
+      run_grad_weight<double>(plan, groups, wide, wide_output, dw, stride);
+    else
+      run_grad_weight<float>(plan, groups, wide, wide_output, dw, stride);
+  }
+  Ints db_size = bias ? (untied ? Ints{weight_size[0], channels} : Ints{channels}) : Ints{0};
+  Tensor db = torch::stable::new_zeros(wide, db_size);
+  if (bias && dy.numel() > 0) {
+    const Tensor wide_dy = widened(dy);
+    if (is_double)
+      run_grad_bias<double>(groups, wide_dy, channels, pixels, db, untied);
+    else
+      run_grad_bias<float>(groups, wide_dy, channels, pixels, db, untied);
+  }
+  return {narrowed(dw, dtype), narrowed(db, dtype)};
+}
+
+// ---- linear
+
+Plan linear_plan(bool scatter, int64_t rows, int64_t channels) {
+  const int64_t one[2] = {1, 1};
+  return make_plan(scatter, 1, rows, channels, {{1, 1}, {1, 1}, {0, 0}, {1, 1}, 1}, one, one);
+}
+
+int64_t inner_of(const Tensor& x) {
+  int64_t inner = 1;
+  for (int64_t d = 1; d + 1 < x.dim(); ++d) inner *= x.size(d);
+  return inner;
+}
+
+Tensor masked_linear(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
+                     int64_t repeat, std::optional<Tensor> bias) {
+  const bool untied = weight.dim() == 3;
+  const int64_t rows = weight.size(weight.dim() - 2), channels = weight.size(weight.dim() - 1);
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == channels, "x has ", x.size(x.dim() - 1), " features, expected ", channels);
+  const Groups groups(words, offsets, order, x.size(0), repeat, x.size(0) * repeat, inner_of(x), rows, channels);
+  refuse_dense(groups, untied);
+  Ints y_size = sizes(x);
+  y_size[0] *= repeat;
+  y_size.back() = rows;
+  return apply(linear_plan(false, rows, channels), groups, x, Weight(weight, untied), bias, y_size, 1,
+               x.scalar_type());
+}
+
+Tensor masked_linear_grad_input(Tensor dy, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
+                                int64_t repeat) {
+  const bool untied = weight.dim() == 3;
+  const int64_t rows = weight.size(weight.dim() - 2), channels = weight.size(weight.dim() - 1);
+  STD_TORCH_CHECK(dy.size(dy.dim() - 1) == rows, "dy has ", dy.size(dy.dim() - 1), " features, expected ", rows);
+  const Groups groups(words, offsets, order, dy.size(0), 1, dy.size(0), inner_of(dy), rows, channels);
+  refuse_dense(groups, untied);
+  Ints x_size = sizes(dy);
+  x_size[0] /= repeat;
+  x_size.back() = channels;
+  return apply(linear_plan(true, channels, rows), groups, dy, Weight(weight, untied), std::nullopt, x_size, repeat,
+               dy.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> masked_linear_grad_weight(Tensor dy, Tensor x, Tensor words, Tensor offsets,
+                                                     std::optional<Tensor> order, int64_t repeat, Ints weight_size,
+                                                     bool bias) {
+  const bool untied = weight_size.size() == 3;
+  const int64_t rows = weight_size[weight_size.size() - 2], channels = weight_size.back();
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == channels && dy.size(dy.dim() - 1) == rows && inner_of(x) == inner_of(dy) &&
+                      dy.size(0) == x.size(0) * repeat,
+                  "dy and x do not fit a weight of (", rows, ", ", channels, ")");
+  const Groups groups(words, offsets, order, x.size(0), repeat, dy.size(0), inner_of(dy), rows, channels);
+  return weight_gradients(linear_plan(false, rows, channels), groups, x, dy, dy, rows, 1, weight_size, untied, bias);
+}
+
+// ---- convolution and transposed convolution
+
+struct Sizes {
+  int64_t lead, second, kernel[2];
+};
+
+Sizes sizes_of(const Ints& weight) {
+  const size_t n = weight.size();
+  return {weight[n - 4], weight[n - 3], {weight[n - 2], weight[n - 1]}};
+}
+
+// The plan in which the weight's leading dimension is the output (gather) or the input (scatter).
+Plan conv_plan(bool scatter, const Sizes& w, int64_t groups, const Ints& stride, const Ints& padding,
+               const Ints& dilation, const int64_t (&in)[2], const int64_t (&out)[2]) {
+  const Geometry geometry{{w.kernel[0], w.kernel[1]},
+                          {stride[0], stride[1]},
+                          {padding[0], padding[1]},
+                          {dilation[0], dilation[1]},
+                          groups};
+  const int64_t lead = w.lead / groups;
+  return make_plan(scatter, groups, scatter ? w.second : lead, scatter ? lead : w.second, geometry, in, out);
+}
+
+Groups conv_groups(const Tensor& words, const Tensor& offsets, const std::optional<Tensor>& order, int64_t samples,
+                   int64_t repeat, int64_t rows, const Sizes& w) {
+  return Groups(words, offsets, order, samples, repeat, rows, 1, w.lead, w.second * w.kernel[0] * w.kernel[1]);
+}
+
+void check_channels(const char* name, const Tensor& tensor, int64_t channels) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(1) == channels, name, " does not fit the weight: expected (N, ",
+                  channels, ", H, W)");
+}
+
+Tensor masked_conv2d(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
+                     int64_t repeat, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
+                     int64_t groups) {
+  const bool untied = weight.dim() == 5;
+  const Sizes w = sizes_of(sizes(weight));
+  check_channels("x", x, w.second * groups);
+  const Groups g = conv_groups(words, offsets, order, x.size(0), repeat, x.size(0) * repeat, w);
+  refuse_dense(g, untied);
+  const int64_t in[2] = {x.size(2), x.size(3)};
+  int64_t out[2];
+  for (int d = 0; d < 2; ++d)
+    out[d] = (in[d] + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (w.kernel[d] - 1) - 1) / stride[d] + 1;
+  const Plan plan = conv_plan(false, w, groups, stride, {padding[0], padding[2]}, dilation, in, out);
+  return apply(plan, g, x, Weight(weight, untied), bias, {x.size(0) * repeat, w.lead, out[0], out[1]}, 1,
+               x.scalar_type());
+}
+
+Tensor masked_conv2d_grad_input(Tensor dy, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
+                                int64_t repeat, Ints x_size, Ints stride, Ints padding, Ints dilation,
+                                int64_t groups) {
+  const bool untied = weight.dim() == 5;
+  const Sizes w = sizes_of(sizes(weight));
+  check_channels("dy", dy, w.lead);
+  const Groups g = conv_groups(words, offsets, order, dy.size(0), 1, dy.size(0), w);
+  refuse_dense(g, untied);
+  const int64_t in[2] = {dy.size(2), dy.size(3)}, out[2] = {x_size[2], x_size[3]};
+  const Plan plan = conv_plan(true, w, groups, stride, {padding[0], padding[2]}, dilation, in, out);
+  return apply(plan, g, dy, Weight(weight, untied), std::nullopt, x_size, repeat, dy.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> masked_conv2d_grad_weight(Tensor dy, Tensor x, Tensor words, Tensor offsets,
+                                                     std::optional<Tensor> order, int64_t repeat, Ints weight_size,
+                                                     bool bias, Ints stride, Ints padding, Ints dilation,
+                                                     int64_t groups) {
+  const bool untied = weight_size.size() == 5;
+  const Sizes w = sizes_of(weight_size);
+  check_channels("dy", dy, w.lead);
+  check_channels("x", x, w.second * groups);
+  const Groups g = conv_groups(words, offsets, order, x.size(0), repeat, dy.size(0), w);
+  const int64_t in[2] = {x.size(2), x.size(3)}, out[2] = {dy.size(2), dy.size(3)};
+  const Plan plan = conv_plan(false, w, groups, stride, {padding[0], padding[2]}, dilation, in, out);
+  return weight_gradients(plan, g, x, dy, dy, w.lead, out[0] * out[1], weight_size, untied, bias);
+}
+
+Tensor masked_conv_transpose2d(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
+                               int64_t repeat, std::optional<Tensor> bias, Ints stride, Ints padding,
+                               Ints output_padding, int64_t groups, Ints dilation) {
+  const bool untied = weight.dim() == 5;
+  const Sizes w = sizes_of(sizes(weight));
+  check_channels("x", x, w.lead);
+  const Groups g = conv_groups(words, offsets, order, x.size(0), repeat, x.size(0) * repeat, w);
+  refuse_dense(g, untied);
+  const int64_t in[2] = {x.size(2), x.size(3)};
+  int64_t out[2];
+  for (int d = 0; d < 2; ++d)
+    out[d] = (in[d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (w.kernel[d] - 1) + output_padding[d] + 1;
+  const Plan plan = conv_plan(true, w, groups, stride, padding, dilation, in, out);
+  return apply(plan, g, x, Weight(weight, untied), bias, {x.size(0) * repeat, w.second * groups, out[0], out[1]}, 1,
+               x.scalar_type());
+}
+
+Tensor masked_conv_transpose2d_grad_input(Tensor dy, Tensor weight, Tensor words, Tensor offsets,
+                                          std::optional<Tensor> order, int64_t repeat, Ints x_size, Ints stride,
+                                          Ints padding, Ints /*output_padding*/, int64_t groups, Ints dilation) {
+  const bool untied = weight.dim() == 5;
+  const Sizes w = sizes_of(sizes(weight));
+  check_channels("dy", dy, w.second * groups);
+  const Groups g = conv_groups(words, offsets, order, dy.size(0), 1, dy.size(0), w);
+  refuse_dense(g, untied);
+  const int64_t in[2] = {dy.size(2), dy.size(3)}, out[2] = {x_size[2], x_size[3]};
+  const Plan plan = conv_plan(false, w, groups, stride, padding, dilation, in, out);
+  return apply(plan, g, dy, Weight(weight, untied), std::nullopt, x_size, repeat, dy.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> masked_conv_transpose2d_grad_weight(Tensor dy, Tensor x, Tensor words, Tensor offsets,
+                                                               std::optional<Tensor> order, int64_t repeat,
+                                                               Ints weight_size, bool bias, Ints stride, Ints padding,
+                                                               Ints /*output_padding*/, int64_t groups,
+                                                               Ints dilation) {
+  const bool untied = weight_size.size() == 5;
+  const Sizes w = sizes_of(weight_size);
+  check_channels("dy", dy, w.second * groups);
+  check_channels("x", x, w.lead);
+  // A gather whose input is dy and whose output is x.
+  const Groups g = conv_groups(words, offsets, order, x.size(0), repeat, dy.size(0), w);
+  const int64_t in[2] = {dy.size(2), dy.size(3)}, out[2] = {x.size(2), x.size(3)};
+  const Plan plan = conv_plan(false, w, groups, stride, padding, dilation, in, out);
+  return weight_gradients(plan, g, dy, x, dy, w.second * groups, in[0] * in[1], weight_size, untied, bias);
+}
+
+}  // namespace
+}  // namespace rtl_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CPU, m) {
+#define RTL_IMPL(operation) m.impl(#operation "_cpu", TORCH_BOX(&rtl_kernels::operation))
+  RTL_IMPL(masked_linear);
+  RTL_IMPL(masked_linear_grad_input);
+  RTL_IMPL(masked_linear_grad_weight);
+  RTL_IMPL(masked_conv2d);
+  RTL_IMPL(masked_conv2d_grad_input);
+  RTL_IMPL(masked_conv2d_grad_weight);
+  RTL_IMPL(masked_conv_transpose2d);
+  RTL_IMPL(masked_conv_transpose2d_grad_input);
+  RTL_IMPL(masked_conv_transpose2d_grad_weight);
+#undef RTL_IMPL
+}

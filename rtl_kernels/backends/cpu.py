@@ -1,0 +1,47 @@
+"""The compiled CPU kernels (csrc/): buckets of inputs by keep pattern, in the widest vectors the processor has.
+
+A mask is compiled to buckets when it is first met, inside the operator, and kept there (csrc/cpu/structure.h): checked
+bit for bit at every call, so it follows every change of the words, and works alike in eager mode, under torch.compile,
+in an exported program and under vmap. Results do not depend on the number of threads. RTL_KERNELS_CPU_LEVEL selects
+lower instructions than the best the processor has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..ops import OPERATIONS, define
+
+name = "cpu"
+
+operators = tuple(operation for operation in OPERATIONS if operation.startswith("masked_"))
+
+
+def _load() -> str | None:
+    """Load the compiled library; why it cannot be, or None."""
+    built = sorted(Path(__file__).parent.parent.glob("_cpu*.so"))
+    if not built:
+        return "the extension is not built (reinstall with a C++ compiler: pip install --no-build-isolation .)"
+    try:
+        torch.ops.load_library(str(built[0]))
+    except OSError as error:
+        return f"{built[0].name} cannot be loaded: {error}"
+    return None
+
+
+unavailable = _load()
+if unavailable is None:
+    for _operation in operators:
+        define(_operation, name, None, "CPU")
+
+
+def supports(operation: str, x: Tensor, weight: Tensor) -> str | None:
+    """Why this backend cannot run an operation (in words), or None if it can."""
+    if unavailable is not None:
+        return unavailable
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, expected the CPU"
+    return None

@@ -1,0 +1,388 @@
+"""The compiled CPU backend against the float64 reference and its own promises.
+
+Accuracy: its largest error is at most twice that of the reference in the same precision, plus a few roundings of the
+largest result: both add the same products, in another order.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rtl_kernels as rk
+from rtl_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"the cpu backend is not there: {cpu.unavailable}")
+
+LEVELS = {"avx512": "avx512bw", "avx2": "avx2", "baseline": ""} if os.uname().machine == "x86_64" else {"neon": ""}
+
+
+@dataclass
+class Case:
+    """One call of a masked operator: sizes, what it is called with, and its index."""
+
+    function: Callable[..., Tensor]
+    weight: tuple[int, ...]
+    x: tuple[int, ...]  # without the batch
+    index: list[int] | None  # None: Route.every
+    masks: int
+    density: float | tuple[float, ...] = 0.5
+    batch: int = 0  # where index is None
+    untied: bool = False
+    bias: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def out_channels(self) -> int:
+        if self.function is rk.masked_conv_transpose2d:
+            return self.weight[1] * self.options.get("groups", 1)
+        return self.weight[0]
+
+    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, rk.MaskBank, rk.Route, Tensor | None]:
+        g = torch.Generator().manual_seed(seed)
+
+        def randn(*size: int) -> Tensor:
+            return torch.randn(size, generator=g, dtype=torch.float64).to(dtype)
+
+        batch = self.batch if self.index is None else len(self.index)
+        x = randn(batch, *self.x)
+        lead = (self.masks,) if self.untied else ()
+        weight = randn(*lead, *self.weight)
+        density = torch.tensor(self.density, dtype=torch.float64)
+        density = density.reshape(-1, *(1 for _ in self.weight)) if density.dim() else density
+        bank = rk.MaskBank.from_dense(torch.rand((self.masks, *self.weight), generator=g) < density)
+        if self.index is None:
+            route = rk.Route.every(self.masks, batch)
+        else:
+            route = rk.Route.build(torch.tensor(self.index, dtype=torch.int64), self.masks)
+        return x, weight, bank, route, randn(*lead, self.out_channels()) if self.bias else None
+
+    def run(self, backend: str, dtype: torch.dtype, like: torch.dtype | None = None, seed: int = 0) -> list[Tensor]:
+        """y, dx, dw and db; with `like` the inputs are first rounded to that dtype."""
+        x, weight, bank, route, bias = self.tensors(like or dtype, seed)
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias) if t is not None]
+        y = self.function(
+            leaves[0],
+            leaves[1],
+            bank,
+            route,
+            *([leaves[2]] if bias is not None else []),
+            **self.options,
+            backend=backend,
+        )
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(like or dtype).to(dtype))]
+
+
+def ragged(masks: int, batch: int, seed: int = 0, dense: bool = True) -> list[int]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-1 if dense else 0, masks, (batch,), generator=g).tolist()
+
+
+def linear(out: int, features: int, batch: int, masks: int = 3, **kwargs: Any) -> Case:
+    index = kwargs.pop("index", ragged(masks, batch))
+    return Case(rk.masked_linear, (out, features), kwargs.pop("x", (features,)), index, masks, batch=batch, **kwargs)
+
+
+def conv(
+    out: int, channels: int, kernel: tuple[int, int], size: tuple[int, int], batch: int, masks: int = 3, **kwargs: Any
+) -> Case:
+    index, groups = kwargs.pop("index", ragged(masks, batch)), kwargs.get("options", {}).get("groups", 1)
+    return Case(rk.masked_conv2d, (out, channels // groups, *kernel), (channels, *size), index, masks, batch=batch, **kwargs)
+
+
+def conv_transpose(
+    out: int, channels: int, kernel: tuple[int, int], size: tuple[int, int], batch: int, masks: int = 3, **kwargs: Any
+) -> Case:
+    index, groups = kwargs.pop("index", ragged(masks, batch)), kwargs.get("options", {}).get("groups", 1)
+    weight = (channels, out // groups, *kernel)
+    return Case(rk.masked_conv_transpose2d, weight, (channels, *size), index, masks, batch=batch, **kwargs)
+
+
+CASES = {
+    "linear": linear(33, 70, 50),
+    "linear, blocks of every width": linear(9, 40, 290, index=sorted([0] * 120 + [1] * 97 + [2] * 73)),
+    "linear, a long row": linear(7, 1500, 20, density=(0.9, 0.5, 0.05)),
+    "linear, many samples of one mask": linear(24, 48, 300, masks=1, index=[0] * 300),
+    "linear, inner dimensions": linear(6, 11, 9, x=(3, 2, 11)),
+    "linear, one sample a mask": linear(19, 37, 4, masks=4, index=[2, 0, 3, 1]),
+    "linear, no batch": linear(5, 8, 0),
+    "linear, no features": linear(5, 0, 6),
+    "linear, no outputs": linear(0, 5, 6, bias=False),
+    "linear, one weight": linear(1, 1, 40),
+    "linear, all-zero and all-one masks": linear(33, 65, 90, density=(0.0, 1.0, 0.5)),
+    "linear, all masks for every sample": linear(13, 35, 21, index=None),
+    "linear, untied": linear(13, 35, 60, index=ragged(3, 60, dense=False), untied=True),
+    "linear, untied, all masks for every sample": linear(13, 35, 7, index=None, untied=True),
+    "linear, dense only": linear(21, 34, 40, index=[-1] * 40),
+    "1×1": conv(24, 20, (1, 1), (4, 4), 40),
+    "1×1, planes of whole vectors": conv(12, 6, (1, 1), (8, 16), 9),
+    "1×1, wide planes": conv(8, 24, (1, 1), (32, 32), 5),
+    "1×1, one pixel": conv(24, 20, (1, 1), (1, 1), 40),
+    "1×1, stride 2": conv(7, 5, (1, 1), (9, 8), 37, options={"stride": 2}),
+    "1×1, padding": conv(7, 5, (1, 1), (3, 4), 20, options={"padding": 1}),
+    "3×3": conv(10, 9, (3, 3), (8, 7), 70, options={"padding": 1}),
+    "3×3, few samples": conv(10, 9, (3, 3), (20, 31), 7, options={"padding": 1}),
+    "3×3, many channels": conv(8, 70, (3, 3), (6, 6), 60, options={"padding": 1}),
+    "3×3, strips": conv(6, 40, (3, 3), (60, 40), 20, masks=1, options={"padding": 1}),
+    "3×3, strips of one sample": conv(5, 3, (3, 3), (90, 70), 3, options={"padding": 1}),
+    "3×3, no padding": conv(10, 9, (3, 3), (5, 5), 40),
+    "3×3, stride 2": conv(10, 9, (3, 3), (9, 8), 40, options={"padding": 1, "stride": 2}),
+    "stride (1, 2), dilation (2, 1)": conv(
+        5, 4, (3, 2), (11, 17), 23, options={"padding": (2, 1), "stride": (1, 2), "dilation": (2, 1)}
+    ),
+    "stride past the kernel": conv(5, 4, (2, 2), (11, 12), 23, options={"stride": 3}),
+    "asymmetric padding": conv(5, 4, (2, 4), (6, 7), 40, options={"padding": ((0, 1), (1, 2))}),
+    "padding past the kernel": conv(5, 4, (2, 2), (3, 3), 40, options={"padding": (3, 4)}),
+    "same": conv(5, 4, (2, 4), (6, 7), 12, options={"padding": "same"}),
+    "groups": conv(12, 9, (3, 3), (6, 6), 40, options={"padding": 1, "groups": 3}),
+    "many groups": conv(300, 300, (3, 3), (5, 5), 20, options={"padding": 1, "groups": 300}),
+    "depthwise": conv(20, 20, (3, 3), (16, 16), 20, options={"padding": 1, "groups": 20}),
+    "depthwise, small planes": conv(20, 20, (3, 3), (4, 4), 50, options={"padding": 1, "groups": 20}),
+    "depthwise, stride 2": conv(6, 6, (5, 5), (33, 30), 9, options={"padding": 2, "groups": 6, "stride": 2}),
+    "depthwise, two filters a channel": conv(12, 6, (3, 3), (9, 9), 20, options={"padding": 1, "groups": 6}),
+    "conv, untied": conv(8, 6, (3, 3), (7, 7), 30, index=ragged(3, 30, dense=False), untied=True),
+    "conv, all masks for every sample": conv(8, 6, (3, 3), (7, 7), 18, index=None, options={"padding": 1}),
+    "depthwise, all masks for every sample": conv(
+        8, 8, (3, 3), (16, 16), 5, index=None, options={"padding": 1, "groups": 8}
+    ),
+    "conv, no batch": conv(4, 3, (3, 3), (5, 5), 0),
+    "transposed": conv_transpose(7, 5, (3, 3), (6, 5), 40, options={"padding": 1}),
+    "transposed, stride 2": conv_transpose(
+        7, 5, (3, 3), (6, 5), 40, options={"padding": 1, "stride": 2, "output_padding": 1}
+    ),
+    "transposed, gaps": conv_transpose(4, 3, (2, 1), (4, 5), 22, options={"stride": (3, 2), "output_padding": (2, 0)}),
+    "transposed, dilation": conv_transpose(
+        4, 6, (3, 2), (5, 6), 22, options={"stride": (2, 3), "dilation": (3, 2), "groups": 2, "padding": (2, 1)}
+    ),
+    "transposed, depthwise": conv_transpose(
+        6, 6, (4, 4), (12, 13), 20, options={"groups": 6, "stride": 2, "padding": 1}
+    ),
+    "transposed, all masks for every sample": conv_transpose(4, 3, (3, 3), (4, 4), 17, index=None),
+    "transposed, untied": conv_transpose(4, 3, (3, 3), (4, 4), 25, index=ragged(3, 25, dense=False), untied=True),
+}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def largest(error: Tensor) -> float:
+    return float(error.abs().max()) if error.numel() else 0.0
+
+
+def check_accuracy(case: Case, dtype: torch.dtype) -> None:
+    exact = case.run("reference", torch.float64, like=dtype)
+    ours, reference = case.run("cpu", dtype), case.run("reference", dtype)
+    eps = torch.finfo(dtype).eps
+    for name, e, o, r in zip(("y", "dx", "dw", "db"), exact, ours, reference, strict=False):
+        assert o.dtype == dtype
+        assert o.shape == e.shape, name
+        # In float64 the reference IS the exact result: leave room for a sum of a few thousand terms in another order.
+        allowed = 2 * largest(r.double() - e) + (64 if dtype == torch.float64 else 4) * eps * largest(e)
+        assert largest(o.double() - e) <= allowed, name
+
+
+def test_results_and_gradients_are_as_accurate_as_the_reference(case: Case) -> None:
+    check_accuracy(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_dtype_is_as_accurate_as_the_reference(case: Case, dtype: torch.dtype) -> None:
+    if case.function is not rk.masked_linear and len(case.index or ()) > 60:
+        pytest.skip("the shapes are covered in float32")
+    check_accuracy(case, dtype)
+
+
+def test_pruned_weights_get_exactly_no_gradient(case: Case) -> None:
+    x, weight, bank, route, bias = case.tensors(torch.float32)
+    present = set(range(case.masks) if case.index is None else case.index)
+    keep = torch.zeros(case.weight, dtype=torch.bool)
+    for mask in present:
+        keep |= bank.dense(mask) if mask >= 0 else torch.tensor(True)
+    if case.untied:
+        keep = bank.to_dense()
+    dw = case.run("cpu", torch.float32)[2]
+    assert not dw[~keep].any()
+
+
+def test_repeated_calls_give_the_same_bits(case: Case) -> None:
+    first, second = case.run("cpu", torch.float32), case.run("cpu", torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_forward_bits_do_not_depend_on_gradients(case: Case) -> None:
+    x, weight, bank, route, bias = case.tensors(torch.float32)
+    with torch.no_grad():
+        y = case.function(x, weight, bank, route, bias, **case.options, backend="cpu")
+    assert torch.equal(y, case.run("cpu", torch.float32)[0])
+
+
+def test_results_do_not_depend_on_the_number_of_threads(case: Case, threads: None) -> None:
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(case.run("cpu", torch.float32))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_group_depends_on_its_own_samples_only(case: Case) -> None:
+    """y and dx of one mask's samples, alone in a batch, have the bits they have among the others."""
+    if case.index is None:
+        pytest.skip("every sample is in every group")
+    x, weight, bank, route, bias = case.tensors(torch.float32)
+    dy = torch.randn_like(case.function(x, weight, bank, route, bias, **case.options, backend="cpu"))
+
+    def run(rows: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x[rows].requires_grad_()
+        own = rk.Route.build(torch.tensor(case.index, dtype=torch.int64)[rows], case.masks)
+        y = case.function(leaf, weight, bank, own, bias, **case.options, backend="cpu")
+        return y.detach(), torch.autograd.grad(y, leaf, dy[rows])[0]
+
+    index = torch.tensor(case.index, dtype=torch.int64)
+    everything = run(torch.arange(len(index)))
+    for mask in set(case.index):
+        rows = (index == mask).nonzero()[:, 0]
+        for whole, alone in zip(everything, run(rows), strict=True):
+            assert torch.equal(whole[rows], alone), mask
+
+
+@pytest.mark.parametrize("name", ["linear, untied", "conv, untied", "transposed, untied"])
+def test_an_untied_gradient_depends_on_its_own_samples_only(name: str) -> None:
+    case = CASES[name]
+    x, weight, bank, _, bias = case.tensors(torch.float32)
+    index = torch.tensor(case.index, dtype=torch.int64)
+
+    def run(rows: Tensor) -> Tensor:
+        leaf = weight.clone().requires_grad_()
+        y = case.function(
+            x[rows], leaf, bank, rk.Route.build(index[rows], case.masks), bias, **case.options, backend="cpu"
+        )
+        return torch.autograd.grad(y, leaf, y.detach().cos())[0]
+
+    everything = run(torch.arange(len(index)))
+    for mask in range(case.masks):
+        assert torch.equal(everything[mask], run((index == mask).nonzero()[:, 0])[mask]), mask
+
+
+@pytest.mark.parametrize("name", ["linear, untied", "3×3, stride 2", "groups", "transposed, stride 2", "depthwise"])
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    case = CASES[name]
+    small = Case(**{**case.__dict__, "index": (case.index or [])[:3]})
+    x, weight, bank, route, bias = small.tensors(torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: small.function(x, w, bank, route, b, **small.options, backend="cpu"), leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("name", ["linear", "1×1, planes of whole vectors", "3×3", "depthwise", "transposed"])
+def test_inputs_may_be_strided_and_unaligned(name: str) -> None:
+    case = CASES[name]
+    x, weight, bank, route, bias = case.tensors(torch.float32)
+    expected = case.function(x, weight, bank, route, bias, **case.options, backend="cpu")
+
+    def strided(t: Tensor) -> Tensor:
+        return torch.stack([t, t], -1).transpose(0, -1)[1].transpose(0, -1) if t.dim() == 1 else _strided(t)
+
+    def unaligned(t: Tensor) -> Tensor:
+        buffer = torch.empty(t.numel() + 1, dtype=t.dtype)
+        return buffer[1:].view(t.shape).copy_(t)
+
+    for change in (strided, unaligned):
+        y = case.function(change(x), change(weight), bank, route, change(bias), **case.options, backend="cpu")
+        assert torch.equal(y, expected), change.__name__
+
+
+def _strided(t: Tensor) -> Tensor:
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def test_masks_changed_in_place_are_followed() -> None:
+    case = CASES["3×3"]
+    x, weight, bank, route, bias = case.tensors(torch.float32)
+    for change in (lambda: bank.words.bitwise_and_(0x0F0F0F0F), lambda: bank.words.numpy().fill(0)):
+        case.function(x, weight, bank, route, bias, **case.options, backend="cpu")
+        change()
+        y = case.function(x, weight, bank, route, bias, **case.options, backend="cpu")
+        assert torch.allclose(
+            y, case.function(x, weight, bank, route, bias, **case.options, backend="reference"), atol=1e-4
+        )
+
+
+def test_a_pruned_weight_is_not_read_whatever_stands_there() -> None:
+    case = CASES["linear"]
+    x, weight, bank, route, bias = linear(33, 70, 50, index=ragged(3, 50, dense=False)).tensors(torch.float32)
+    expected = rk.masked_linear(x, weight, bank, route, bias, backend="cpu")
+    weight[~bank.union().dense(0)] = float("nan")
+    assert torch.equal(rk.masked_linear(x, weight, bank, route, bias, backend="cpu"), expected)
+    assert case.masks == bank.num_masks
+
+
+def test_routes_that_reach_outside_the_batch_are_refused() -> None:
+    x, weight, bank, route, bias = CASES["linear"].tensors(torch.float32)
+    operator = torch.ops.rtl_kernels.masked_linear_cpu.default
+    for offsets, order in (
+        (route.offsets + 1, route.order),
+        (route.offsets.flip(0), route.order),
+        (route.offsets, route.order + 1),
+        (route.offsets, -route.order),
+        (route.offsets[1:], route.order),
+        (route.offsets, route.order[1:]),
+    ):
+        with pytest.raises(RuntimeError, match=r"offsets|order"):
+            operator(x, weight, bank.words, offsets, order, 1, bias)
+    with pytest.raises(RuntimeError, match="words"):
+        operator(x, weight, bank.words[:, 1:], route.offsets, route.order, 1, bias)
+
+
+def test_explain_names_the_backend() -> None:
+    x, weight, bank, route, _ = CASES["linear"].tensors(torch.float32)
+    assert rk.explain(rk.masked_linear, x, weight, bank, route).backend == "cpu"
+
+
+@pytest.mark.parametrize("level", [n for n, flag in LEVELS.items() if flag in open("/proc/cpuinfo").read()])
+def test_every_instruction_set_is_as_accurate_as_the_reference(level: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "accurate_as and gradients"],
+        env={**os.environ, "RTL_KERNELS_CPU_LEVEL": level},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "passed" in result.stdout
+
+
+def test_an_unknown_instruction_set_is_refused_by_name() -> None:
+    code = "import torch, rtl_kernels as rk; i = torch.zeros(1, dtype=torch.int64); w = torch.ones(1, 1)\n"
+    code += "rk.masked_linear(w, w, rk.MaskBank.ones(1, (1, 1)), rk.Route.build(i, 1))"
+    env = {**os.environ, "RTL_KERNELS_CPU_LEVEL": "avx1024"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "RTL_KERNELS_CPU_LEVEL is 'avx1024', expected one of" in result.stderr
+
+
+def test_nothing_of_a_dense_call_differs_from_torch() -> None:
+    x = torch.randn(40, 20, 6, 6)
+    weight = torch.randn(8, 20, 3, 3)
+    y = rk.masked_conv2d(x, weight, rk.MaskBank.ones(1, weight.shape), rk.Route.build([-1] * 40, 1), backend="cpu")
+    assert torch.allclose(y, F.conv2d(x, weight), atol=1e-4)

@@ -1,7 +1,7 @@
 """What tickets are compared with: one pruned network for all data, one pruned network for each subset, and no pruning.
 
-All start at the same θ0 and are presented with the same number of samples: a multi-class network has no negatives, so
-it trains twice the epochs of the one-vs-rest tickets.
+All start at the same θ0. Pruning methods are presented with the same number of samples: a multi-class network has no
+negatives, so it trains twice the epochs of the one-vs-rest tickets. Dense has no rounds, only their last training.
 """
 
 from __future__ import annotations

@@ -176,9 +176,7 @@ def _one_line(message: str) -> str:
     """What tyro said, without the box it draws around it, its headings and its advice."""
     words = " ".join(re.sub(r"[\u2500-\u257f]", " ", message).split())
     words = re.sub(r"( Argument helptext:.*)? For full helptext.*", "", words)
-    return re.sub(r"^.*?(Unrecognized options:|Error parsing (config: )?)", r"\1", words).replace(
-        "Error parsing config: ", ""
-    )
+    return re.sub(r"^(Unrecognized options (?=Unr)|Invalid choice |Value error |Error parsing config: )+", "", words)
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -25,6 +25,7 @@ from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, rewind, spli
 from rtl.partition import Partition
 from rtl.run import Artefact, Run, slug
 from rtl.tickets import TicketMasks, Tickets
+from rtl.workers import global_seed
 
 Masks = Mapping[str, Tensor]  # one ticket's, by layer: bool of the weight's shape
 
@@ -176,7 +177,7 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
     run, fit, parts = extraction.run, extraction.fit, extraction.parts
     net = masked_copy(extraction.model, 1, "shared")
     theta0, rounds, name = state(net), extraction.rounds, parts.names[ticket]
-    with run.track(f"extract {name}", len(rounds) * fit.epochs) as progress:
+    with run.track(name, len(rounds) * fit.epochs) as progress:
         for number, keep in enumerate(rounds):
 
             def one_round(number: int = number, keep: int = keep) -> Artefact:
@@ -205,7 +206,7 @@ def _extract_batched(extraction: Extraction) -> None:
     run, fit, parts = extraction.run, extraction.fit, extraction.parts
     net = rk.nn.untie(masked_copy(extraction.model, len(parts), "per_ticket", True))
     theta0, rounds, tickets = state(net), extraction.rounds, range(len(parts))
-    with run.track("extract all", len(rounds) * fit.epochs) as progress:
+    with run.track("all tickets", len(rounds) * fit.epochs) as progress:
         for number, keep in enumerate(rounds):
             if all(run.done(extraction.key(ticket, number)) for ticket in tickets):
                 progress.advance(fit.epochs)
@@ -215,12 +216,13 @@ def _extract_batched(extraction: Extraction) -> None:
                 optimizer = new_optimizer(net, fit)
                 generators = [run.generator("extract", name, number) for name in parts.names]
                 net.train()
-                for _ in range(fit.epochs):
-                    orders = [fit.task.draw(parts, ticket, generators[ticket]) for ticket in tickets]
-                    for batch in _side_by_side(parts, [split(order, fit.batch_size) for order in orders]):
-                        loss = float(step(net, optimizer, fit.task, parts, batch))
-                    samples = [n + len(order) for n, order in zip(samples, orders, strict=True)]
-                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
+                with global_seed(run.seed_for("extract", number)):  # dropout's numbers do not depend on resuming
+                    for _ in range(fit.epochs):
+                        orders = [fit.task.draw(parts, ticket, generators[ticket]) for ticket in tickets]
+                        for batch in _side_by_side(parts, [split(order, fit.batch_size) for order in orders]):
+                            loss = float(step(net, optimizer, fit.task, parts, batch))
+                        samples = [n + len(order) for n, order in zip(samples, orders, strict=True)]
+                        progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
                 seconds = (time.perf_counter() - began) / len(parts)
                 for ticket in tickets:
                     weights = {layer: m.weight.detach()[ticket] for layer, m in net.masked_modules().items()}

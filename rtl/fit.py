@@ -48,8 +48,8 @@ class Fit:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected an integer of 1 or more")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"lr is {self.lr}, expected a finite number above 0")
         for name, known in (("schedule", SCHEDULES), ("batch_norm", BATCH_NORMS)):

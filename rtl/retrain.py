@@ -70,7 +70,7 @@ def retrain(
         samples, seconds, losses = reached["samples"], reached["seconds"], reached["losses"]
         began = saved = time.perf_counter()
         net.train()
-        with run.track(f"retrain {_who(tickets)} at {tickets.sparsity:.0%}", fit.epochs) as progress:
+        with run.track(f"{len(subsets)} tickets" if len(subsets) > 1 else tickets.names[0], fit.epochs) as progress:
             progress.advance(len(losses))
             for epoch in range(len(losses), fit.epochs):
                 torch.manual_seed(run.seed_for("retrain", epoch))  # dropout's numbers do not depend on resuming either
@@ -106,10 +106,6 @@ def schedule(parts: Partition, subsets: list[int], fit: Fit, generator: torch.Ge
     for m in range(max(len(own) for own in batches)):
         turn = [(k, subset, batches[k][m % len(batches[k])]) for k, subset in enumerate(subsets)]
         yield from ([one] for one in turn) if fit.schedule == "sequential" else [turn]
-
-
-def _who(tickets: TicketMasks) -> str:
-    return tickets.names[0] if len(tickets.names) == 1 else f"{len(tickets.names)} tickets"
 
 
 def _checkpoint_key(epochs: int) -> str:

@@ -66,6 +66,7 @@ class Run:
         self.path = Path(path)
         self.seed = seed
         self.workers = _usable_cores() if workers is None else workers
+        self.name = ""  # of a child: where it lies in its first parent, with a slash behind
         self.progress = progress or forwarding_progress() or Progress()
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"path is {str(self.path)!r}, a file: a run needs a folder, give another path")
@@ -73,7 +74,7 @@ class Run:
             raise InputError(f"workers is {workers}: give 1 or more, or None for one a core")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Run, (self.path.absolute(), self.seed), {"workers": self.workers}
+        return Run, (self.path.absolute(), self.seed), {"workers": self.workers, "name": self.name}
 
     def child(self, name: str, seed: int | None = None) -> Run:
         """The run in the subfolder `name` (a key), with the same workers and progress; `seed` None keeps this seed.
@@ -81,7 +82,9 @@ class Run:
         `seed_for` does not depend on the folder: children with equal seeds draw equal numbers.
         """
         seed = self.seed if seed is None else seed
-        return Run(self.path / _checked(name), seed, workers=self.workers, progress=self.progress)
+        run = Run(self.path / _checked(name), seed, workers=self.workers, progress=self.progress)
+        run.name = f"{self.name}{name}/"
+        return run
 
     # Configuration
 
@@ -202,8 +205,11 @@ class Run:
     # Work
 
     def track(self, label: str, total: int) -> AbstractContextManager[Task]:
-        """`with run.track("cat", epochs) as task: ... task.advance()` shows progress, also from a worker process."""
-        return self.progress.task(label, total)
+        """`with run.track("cat", epochs) as task: ... task.advance()` shows progress, also from a worker process.
+
+        A child's label has its name before it.
+        """
+        return self.progress.task(self.name + label, total)
 
     def map(self, function: Callable[[Run, T], R], items: Sequence[T], *, label: str) -> list[R]:
         """`[function(run, item) for item in items]`, in up to `workers` processes of one torch thread each.

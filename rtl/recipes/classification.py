@@ -180,6 +180,7 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     _check(config, train)
     parts = by_label(train)
     run.configure(config)
+    run.child("data").configure({"train": parts.fingerprint, "test": whole(test).fingerprint})
     runs = {seed: run.child(f"seed-{seed}", seed) for seed in config.seeds}
     models = {seed: new_model(config, train, one) for seed, one in runs.items()}
 

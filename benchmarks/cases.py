@@ -1,7 +1,7 @@
 """The nine shapes every kernel is measured on: linear layers and convolutions as trained networks have them.
 
-Masks are independent and uniform, one mask index a sample, drawn uniformly. Ratios are of the whole public operator over
-`F.linear` / `F.conv2d` of the same batch with the dense weight.
+Masks are independent and uniform, one mask index a sample, drawn uniformly. Ratios are of the whole public operator
+over `F.linear` / `F.conv2d` of the same batch with the dense weight.
 """
 
 from __future__ import annotations

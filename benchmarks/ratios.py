@@ -1,6 +1,6 @@
 """Ratio of the masked operators to dense PyTorch, contenders interleaved so that what disturbs one disturbs both.
 
-    python -m benchmarks.ratios [--threads 1] [--only TEXT] [--train] [--seconds 2]
+python -m benchmarks.ratios [--threads 1] [--only TEXT] [--train] [--seconds 2]
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ratios: list[list[float]] = []
-    print(f"{'case':55s} {'dense':>9s}  " + "  ".join(f"{s:>11.0%}" for s in args.sparsity) + "   (median, 10th percentile)")
+    print(
+        f"{'case':55s} {'dense':>9s}  "
+        + "  ".join(f"{s:>11.0%}" for s in args.sparsity)
+        + "   (median, 10th percentile)"
+    )
     for case in CASES.values():
         if args.only not in case.name:
             continue

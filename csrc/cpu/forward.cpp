@@ -62,7 +62,7 @@ class Runner {
   // A group of a few samples fills a quarter of a vector at best, while the weights it reads are those of a full one: up
   // to 4 samples every weight is taken, in whole vectors, with the mask's bits applied.
   bool few(const Segment& segment) const {
-    return in_ == 1 && out_ == 1 && !plan_.scatter && segment.stop - segment.start <= 4;
+    return plan_.linear() && !plan_.scatter && segment.stop - segment.start <= 4;
   }
 
   // What one group of samples is divided into depends on its size and the shapes alone.
@@ -90,7 +90,7 @@ class Runner {
         units_.push_back({s, start, count, Path::kFew, {r, std::min(each, plan_.rows - r), 0, true}});
       return;
     }
-    if (in_ == 1 && out_ == 1) {
+    if (plan_.linear()) {
       const int64_t chunks = (count + k_.block_columns - 1) / k_.block_columns;
       const int64_t each = ((count + chunks - 1) / chunks + L - 1) / L * L;
       for (int64_t i = 0; i < count; i += each) {
@@ -159,7 +159,7 @@ class Runner {
       if (unit.path != Path::kStrip) return false;
       columns += unit.strip.samples;
     }
-    return in_ == 1 && out_ == 1 && plan_.groups == 1 && weights > 2 * kChunkBytes &&
+    return plan_.linear() && plan_.groups == 1 && weights > 2 * kChunkBytes &&
            columns * plan_.channels * int64_t(sizeof(T)) <= 16 * weights;
   }
 
@@ -444,7 +444,7 @@ class Runner {
           m.y_segment = m.columns;
           if (m.columns == line) m.columns *= height, m.segments = 1;
           m.y_row = height * width * strip.unit();
-          if (job_.out_ == 1 && job_.in_ == 1) m.columns = job_.granules(unit.count);
+          if (plan_.linear()) m.columns = job_.granules(unit.count);
         } else {
           m.columns = (unit.count - 1) * strip.sample_plane(plan_) + (height - 1) * plan_.plane_width() + width;
           m.columns = job_.granules(m.columns);

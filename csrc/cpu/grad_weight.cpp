@@ -46,7 +46,7 @@ class Gradient {
   void segment(int64_t start, int64_t stop) {
     const int64_t L = k_.lanes, count = stop - start;
     const int64_t height = plan_.places[0];
-    if (in_ == 1 && out_ == 1) {
+    if (plan_.linear()) {
       // A dot product costs its multiply-adds and about 4 cycles to add up its lanes; a dense tile's element costs the
       // multiply-adds alone, but for pruned weights too. In vectors of samples, with what was measured for each:
       const double vectors = double(count) / L;

@@ -115,7 +115,7 @@ inline std::vector<Offset> offsets_of(const Plan& plan, const Phase& phase, cons
 inline int64_t groups_together(const Plan& plan, int64_t element_bytes) {
   const int64_t channels = std::max<int64_t>(1, plan.channels);
   const int64_t bytes = channels * plan.planes() * (plan.places[0] + plan.reach[0]) * plan.plane_width() * 16 * element_bytes;
-  return std::max<int64_t>(1, std::min({plan.groups, 256 / channels, (int64_t(1) << 20) / std::max<int64_t>(1, bytes)}));
+  return std::max<int64_t>(1, std::min({plan.groups, 256 / channels, (int64_t(1) << 17) / std::max<int64_t>(1, bytes)}));
 }
 
 // Rows of output places a strip takes, so that what it reads and writes stays in L2; at least `least`.

@@ -47,6 +47,7 @@ struct Plan {
   int64_t plane_width() const { return places[1] + reach[1]; }
   bool pointwise() const { return taps == 1 && planes() == 1 && phases.size() == 1 && !lead[0] && !lead[1] &&
                                   in[0] == out[0] && in[1] == out[1]; }
+  bool linear() const { return pointwise() && in[0] * in[1] == 1; }
 
   // Where weights lie. A gather's rows are the weight's leading dimension, a scatter's its second.
   int64_t group_weights() const { return rows * channels * taps; }

@@ -42,6 +42,6 @@ def supports(operation: str, x: Tensor, weight: Tensor) -> str | None:
     """Why this backend cannot run an operation (in words), or None if it can."""
     if unavailable is not None:
         return unavailable
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"x is on {x.device}, expected the CPU"
     return None

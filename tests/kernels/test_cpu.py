@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from rtl_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable is not None, reason=f"the cpu backend is not there: {cpu.unavailable}")
 
+CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 LEVELS = {"avx512": "avx512bw", "avx2": "avx2", "baseline": ""} if os.uname().machine == "x86_64" else {"neon": ""}
 
 
@@ -96,7 +98,9 @@ def conv(
     out: int, channels: int, kernel: tuple[int, int], size: tuple[int, int], batch: int, masks: int = 3, **kwargs: Any
 ) -> Case:
     index, groups = kwargs.pop("index", ragged(masks, batch)), kwargs.get("options", {}).get("groups", 1)
-    return Case(rk.masked_conv2d, (out, channels // groups, *kernel), (channels, *size), index, masks, batch=batch, **kwargs)
+    return Case(
+        rk.masked_conv2d, (out, channels // groups, *kernel), (channels, *size), index, masks, batch=batch, **kwargs
+    )
 
 
 def conv_transpose(
@@ -129,6 +133,10 @@ CASES = {
     "1×1, one pixel": conv(24, 20, (1, 1), (1, 1), 40),
     "1×1, stride 2": conv(7, 5, (1, 1), (9, 8), 37, options={"stride": 2}),
     "1×1, padding": conv(7, 5, (1, 1), (3, 4), 20, options={"padding": 1}),
+    "1×1, one pixel that reads only zeros": conv(7, 5, (1, 1), (1, 1), 20, options={"padding": 1, "stride": 3}),
+    "3×3, one pixel": conv(7, 5, (3, 3), (1, 1), 40, options={"padding": 1}),
+    "linear, two samples a mask": linear(35, 70, 6, index=[2, 0, 1, 1, 0, 2]),
+    "linear, wide": linear(300, 270, 40),
     "3×3": conv(10, 9, (3, 3), (8, 7), 70, options={"padding": 1}),
     "3×3, few samples": conv(10, 9, (3, 3), (20, 31), 7, options={"padding": 1}),
     "3×3, many channels": conv(8, 70, (3, 3), (6, 6), 60, options={"padding": 1}),
@@ -211,7 +219,7 @@ def test_every_dtype_is_as_accurate_as_the_reference(case: Case, dtype: torch.dt
 
 
 def test_pruned_weights_get_exactly_no_gradient(case: Case) -> None:
-    x, weight, bank, route, bias = case.tensors(torch.float32)
+    _, _, bank, _, _ = case.tensors(torch.float32)
     present = set(range(case.masks) if case.index is None else case.index)
     keep = torch.zeros(case.weight, dtype=torch.bool)
     for mask in present:
@@ -360,7 +368,7 @@ def test_explain_names_the_backend() -> None:
     assert rk.explain(rk.masked_linear, x, weight, bank, route).backend == "cpu"
 
 
-@pytest.mark.parametrize("level", [n for n, flag in LEVELS.items() if flag in open("/proc/cpuinfo").read()])
+@pytest.mark.parametrize("level", [n for n, flag in LEVELS.items() if flag in CPU_FLAGS])
 def test_every_instruction_set_is_as_accurate_as_the_reference(level: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "accurate_as and gradients"],

@@ -162,7 +162,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         rows, details = run_classification(config, run, *data)
         table: dict[str, Any] = {
             "recipe": name,
-            "command": shlex.join(["rtl", "run", name, *arguments]),
+            "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
             "environment": environment(),
             "rows": rows,
         }
@@ -177,6 +177,14 @@ def _one_line(message: str) -> str:
     words = " ".join(re.sub(r"[\u2500-\u257f]", " ", message).split())
     words = re.sub(r"( Argument helptext:.*)? For full helptext.*", "", words)
     return re.sub(r"^(Unrecognized options (?=Unr)|Invalid choice |Value error |Error parsing config: )+", "", words)
+
+
+def _what(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that say where and how fast, which nobody else's machine shares."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--out", "--data", "--workers"):
+        parser.add_argument(option)
+    return parser.parse_known_args(list(arguments))[1]
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

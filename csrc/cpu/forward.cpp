@@ -205,7 +205,7 @@ class Runner {
             const Segment& segment = segments_[unit.segment];
             Multiply<T> m{};
             m.kept = segment.structure->at(plan_, 0, 0);
-            m.kept.counts += row / kBlockRows * 16;
+            m.kept.counts += row / m.kept.block_rows * 16;
             const int64_t tiles = m.kept.tiles;
             m.kept.first_tile = tiles * step / most;
             m.kept.tiles = tiles * (step + 1) / most;

@@ -121,7 +121,7 @@ class Gradient {
       if (begin == 0) x = packer->pack(strip, x_rows_.data(), count);
       if (end == 2) pack_dy(start, count, strip, g0, groups, dy, dy_row, dy_line);
     });
-    const int64_t blocks = (plan_.rows + kBlockRows - 1) / kBlockRows;
+    const int64_t blocks = (plan_.rows + structure_->block_rows - 1) / structure_->block_rows;
     parallel_(groups * blocks, [&](int64_t begin, int64_t end) {
       // Of each row of dy 4 KiB at a time: four rows and the inputs they meet stay in L1.
       const int64_t run = strip.lanes ? dy_line : dy_row;

@@ -8,9 +8,9 @@
 
 namespace rtl_kernels {
 
-// Output rows are taken in blocks of four; an input is filed under the 4-bit pattern of the rows that keep it.
+// Output rows are taken in blocks of four; an input is filed under the 4-bit pattern of the rows that keep it. Where a row
+// keeps few inputs its blocks are of one row: 15 buckets of one or two inputs each would cost more to enter than to do.
 constexpr int kBlockRows = 4;
-constexpr int kPatterns = 15;
 
 // Where one kept (channel, tap) lies: x from the column's address, w from the row's first weight; in elements.
 struct Offset {
@@ -26,6 +26,7 @@ struct Kept {
   int64_t tiles;
   int64_t tile_inputs;
   int64_t blocks;
+  int64_t block_rows;  // 4 or 1
   int64_t first_tile;  // of Multiply: tiles before it have been added to y already
 };
 

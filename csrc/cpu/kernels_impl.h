@@ -70,33 +70,33 @@ RTL_INLINE T total(typename Vector<T>::type v) {
 
 // ---- y = w · x
 
-// Sums of four rows over V vectors of columns and, with H, half a vector.
-template <class T, int V, int H>
+// Sums of R rows over V vectors of columns and, with H, half a vector.
+template <class T, int R, int V, int H>
 struct Sums {
-  typename Vector<T>::type full[kBlockRows][V ? V : 1];
-  typename Half<T>::type half[kBlockRows];
+  typename Vector<T>::type full[R][V ? V : 1];
+  typename Half<T>::type half[R];
 };
 
 // Inputs of one pattern. With few columns a row's sum would wait for the 4 cycles of each multiply-add, so U independent
 // sums take turns; they are added in a fixed order at the end.
-template <class T, int V, int H, int U, int P, bool Table>
-RTL_INLINE void bucket(Sums<T, V, H> (&sum)[U], const Multiply<T>& m, const Offset* table, const T* x, const T* w,
+template <class T, int R, int V, int H, int U, int P, bool Table>
+RTL_INLINE void bucket(Sums<T, R, V, H> (&sum)[U], const Multiply<T>& m, const Offset* table, const T* x, const T* w,
                        const uint16_t*& index, uint32_t count) {
   constexpr int L = Vector<T>::lanes;
   const int64_t row = m.w_row;
-  auto one = [&](uint32_t j, Sums<T, V, H>& to) __attribute__((always_inline)) {
+  auto one = [&](uint32_t j, Sums<T, R, V, H>& to) __attribute__((always_inline)) {
     const T* xj = x + (Table ? table[j].x : int64_t(j) * m.x_stride);
     const T* wj = w + (Table ? table[j].w : int64_t(j) * m.w_stride);
     typename Vector<T>::type column[V ? V : 1];
     typename Half<T>::type rest{};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) column[v] = load(xj + v * L);
     if (H) rest = *reinterpret_cast<const typename Half<T>::type*>(xj + V * L);
 #pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r) {
+    for (int r = 0; r < R; ++r) {
       if (P >> r & 1) {
         const typename Vector<T>::type value = splat(wj[r * row]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < V; ++v) to.full[r][v] += value * column[v];
         if (H) to.half[r] += low(value) * rest;
       }
@@ -112,45 +112,47 @@ RTL_INLINE void bucket(Sums<T, V, H> (&sum)[U], const Multiply<T>& m, const Offs
   for (; index != end; ++index) one(*index, sum[0]);
 }
 
-template <class T, int V, int H, int U, bool Table>
+template <class T, int R, int V, int H, int U, bool Table>
 __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t tile, const T* x, T* y) {
   constexpr int L = Vector<T>::lanes;
   const int64_t start = tile * m.kept.tile_inputs;
   const Offset* table = m.table + (Table ? start : 0);
   if (!Table) x += start * m.x_stride;
-  for (int64_t r0 = 0; r0 < m.rows; r0 += kBlockRows) {
-    const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / kBlockRows) * 16;
+  for (int64_t r0 = 0; r0 < m.rows; r0 += R) {
+    const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / R) * 16;
     const uint16_t* index = m.kept.index + counts[0];
     const T* w = m.w + r0 * m.w_row + (Table ? 0 : start * m.w_stride);
-    Sums<T, V, H> sum[U];
+    Sums<T, R, V, H> sum[U];
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-      for (int r = 0; r < kBlockRows; ++r) {
-#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
         for (int v = 0; v < V; ++v) sum[u].full[r][v] = typename Vector<T>::type{};
         if (H) sum[u].half[r] = typename Half<T>::type{};
       }
-    bucket<T, V, H, U, 1, Table>(sum, m, table, x, w, index, counts[1]);
-    bucket<T, V, H, U, 2, Table>(sum, m, table, x, w, index, counts[2]);
-    bucket<T, V, H, U, 3, Table>(sum, m, table, x, w, index, counts[3]);
-    bucket<T, V, H, U, 4, Table>(sum, m, table, x, w, index, counts[4]);
-    bucket<T, V, H, U, 5, Table>(sum, m, table, x, w, index, counts[5]);
-    bucket<T, V, H, U, 6, Table>(sum, m, table, x, w, index, counts[6]);
-    bucket<T, V, H, U, 7, Table>(sum, m, table, x, w, index, counts[7]);
-    bucket<T, V, H, U, 8, Table>(sum, m, table, x, w, index, counts[8]);
-    bucket<T, V, H, U, 9, Table>(sum, m, table, x, w, index, counts[9]);
-    bucket<T, V, H, U, 10, Table>(sum, m, table, x, w, index, counts[10]);
-    bucket<T, V, H, U, 11, Table>(sum, m, table, x, w, index, counts[11]);
-    bucket<T, V, H, U, 12, Table>(sum, m, table, x, w, index, counts[12]);
-    bucket<T, V, H, U, 13, Table>(sum, m, table, x, w, index, counts[13]);
-    bucket<T, V, H, U, 14, Table>(sum, m, table, x, w, index, counts[14]);
-    bucket<T, V, H, U, 15, Table>(sum, m, table, x, w, index, counts[15]);
+    bucket<T, R, V, H, U, 1, Table>(sum, m, table, x, w, index, counts[1]);
+    if constexpr (R > 1) {
+      bucket<T, R, V, H, U, 2, Table>(sum, m, table, x, w, index, counts[2]);
+      bucket<T, R, V, H, U, 3, Table>(sum, m, table, x, w, index, counts[3]);
+      bucket<T, R, V, H, U, 4, Table>(sum, m, table, x, w, index, counts[4]);
+      bucket<T, R, V, H, U, 5, Table>(sum, m, table, x, w, index, counts[5]);
+      bucket<T, R, V, H, U, 6, Table>(sum, m, table, x, w, index, counts[6]);
+      bucket<T, R, V, H, U, 7, Table>(sum, m, table, x, w, index, counts[7]);
+      bucket<T, R, V, H, U, 8, Table>(sum, m, table, x, w, index, counts[8]);
+      bucket<T, R, V, H, U, 9, Table>(sum, m, table, x, w, index, counts[9]);
+      bucket<T, R, V, H, U, 10, Table>(sum, m, table, x, w, index, counts[10]);
+      bucket<T, R, V, H, U, 11, Table>(sum, m, table, x, w, index, counts[11]);
+      bucket<T, R, V, H, U, 12, Table>(sum, m, table, x, w, index, counts[12]);
+      bucket<T, R, V, H, U, 13, Table>(sum, m, table, x, w, index, counts[13]);
+      bucket<T, R, V, H, U, 14, Table>(sum, m, table, x, w, index, counts[14]);
+      bucket<T, R, V, H, U, 15, Table>(sum, m, table, x, w, index, counts[15]);
+    }
 #pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r) {
+    for (int r = 0; r < R; ++r) {
       if (r0 + r < m.rows) {
         T* out = y + (r0 + r) * m.y_row;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
           typename Vector<T>::type s = sum[0].full[r][v];
 #pragma GCC unroll 4
@@ -183,42 +185,57 @@ constexpr int kVectors = 6;  // 24 sums, 6 inputs and a weight fill 31 of 32 reg
 constexpr int kVectors = 2;  // 8 sums, 2 inputs and a weight of 16 registers; 3 would spill where FMA needs a copy
 #endif
 
+// Columns [0, take) of one segment, all tiles; `take` is what multiply_segment cuts.
+template <class T, int R, bool Table>
+void multiply_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
+  constexpr int L = Vector<T>::lanes, kGranule = kHalves ? L / 2 : L;
+#define RTL_COLUMNS(V, H, U) multiply_columns<T, R, V, H, U, Table>(m, t, x, y)
+  for (int64_t t = m.kept.first_tile; t < m.kept.tiles; ++t) {
+    switch (take / kGranule) {
+#if RTL_VECTOR_BYTES == 64
+      case 1: RTL_COLUMNS(0, 1, 4); break;
+      case 2: RTL_COLUMNS(1, 0, 4); break;
+      case 3: RTL_COLUMNS(1, 1, 2); break;
+      case 4: RTL_COLUMNS(2, 0, 2); break;
+      case 5: RTL_COLUMNS(2, 1, (R == 1 ? 2 : 1)); break;
+      case 6: RTL_COLUMNS(3, 0, (R == 1 ? 2 : 1)); break;
+      case 7: RTL_COLUMNS(3, 1, 1); break;
+      case 8: RTL_COLUMNS(4, 0, 1); break;
+      case 9: RTL_COLUMNS(4, 1, 1); break;
+      case 10: RTL_COLUMNS(5, 0, 1); break;
+      case 11: RTL_COLUMNS(5, 1, 1); break;
+      case 12: RTL_COLUMNS(6, 0, 1); break;
+      default: RTL_COLUMNS((R == 1 ? 16 : 6), 0, 1); break;
+#elif RTL_REGISTERS >= 32
+      case 1: RTL_COLUMNS(1, 0, 4); break;
+      case 2: RTL_COLUMNS(2, 0, 2); break;
+      case 3: RTL_COLUMNS(3, 0, 1); break;
+      case 4: RTL_COLUMNS(4, 0, 1); break;
+      case 5: RTL_COLUMNS(5, 0, 1); break;
+      default: RTL_COLUMNS(6, 0, 1); break;
+#else
+      case 1: RTL_COLUMNS(1, 0, 2); break;
+      default: RTL_COLUMNS(2, 0, (R == 1 ? 2 : 1)); break;
+#endif
+    }
+  }
+#undef RTL_COLUMNS
+}
+
 template <class T, bool Table>
 void multiply_segment(const Multiply<T>& m, const T* x, T* y) {
-  constexpr int L = Vector<T>::lanes, kGranule = kHalves ? L / 2 : L;
-  int64_t c = 0;
-  while (c < m.columns) {
+  constexpr int L = Vector<T>::lanes;
+  const bool single = m.kept.block_rows == 1;
+  for (int64_t c = 0; c < m.columns;) {
     const int64_t left = m.columns - c;
-    // 7 or 8 vectors go as 4 + 3 or 4 + 4: 6 + 1 would leave a lone vector that waits for its own sums.
-    const int64_t take = left <= kVectors * L ? left : kVectors == 6 && left <= 8 * L ? 4 * L : kVectors * L;
-    for (int64_t t = m.kept.first_tile; t < m.kept.tiles; ++t) {
-      switch (take / kGranule) {
-#if RTL_VECTOR_BYTES == 64
-        case 1: multiply_columns<T, 0, 1, 4, Table>(m, t, x + c, y + c); break;
-        case 2: multiply_columns<T, 1, 0, 4, Table>(m, t, x + c, y + c); break;
-        case 3: multiply_columns<T, 1, 1, 2, Table>(m, t, x + c, y + c); break;
-        case 4: multiply_columns<T, 2, 0, 2, Table>(m, t, x + c, y + c); break;
-        case 5: multiply_columns<T, 2, 1, 1, Table>(m, t, x + c, y + c); break;
-        case 6: multiply_columns<T, 3, 0, 1, Table>(m, t, x + c, y + c); break;
-        case 7: multiply_columns<T, 3, 1, 1, Table>(m, t, x + c, y + c); break;
-        case 8: multiply_columns<T, 4, 0, 1, Table>(m, t, x + c, y + c); break;
-        case 9: multiply_columns<T, 4, 1, 1, Table>(m, t, x + c, y + c); break;
-        case 10: multiply_columns<T, 5, 0, 1, Table>(m, t, x + c, y + c); break;
-        case 11: multiply_columns<T, 5, 1, 1, Table>(m, t, x + c, y + c); break;
-        default: multiply_columns<T, 6, 0, 1, Table>(m, t, x + c, y + c); break;
-#elif RTL_REGISTERS >= 32
-        case 1: multiply_columns<T, 1, 0, 4, Table>(m, t, x + c, y + c); break;
-        case 2: multiply_columns<T, 2, 0, 2, Table>(m, t, x + c, y + c); break;
-        case 3: multiply_columns<T, 3, 0, 1, Table>(m, t, x + c, y + c); break;
-        case 4: multiply_columns<T, 4, 0, 1, Table>(m, t, x + c, y + c); break;
-        case 5: multiply_columns<T, 5, 0, 1, Table>(m, t, x + c, y + c); break;
-        default: multiply_columns<T, 6, 0, 1, Table>(m, t, x + c, y + c); break;
-#else
-        case 1: multiply_columns<T, 1, 0, 2, Table>(m, t, x + c, y + c); break;
-        default: multiply_columns<T, 2, 0, 1, Table>(m, t, x + c, y + c); break;
-#endif
-      }
-    }
+    // 7 or 8 vectors go as 4 + 3 or 4 + 4: 6 + 1 would leave a lone vector that waits for its own sums. A single row has
+    // registers for 16.
+    int64_t take = left <= kVectors * L ? left : kVectors == 6 && left <= 8 * L ? 4 * L : kVectors * L;
+    if (single && RTL_VECTOR_BYTES == 64 && left >= 16 * L) take = 16 * L;
+    if (single)
+      multiply_cut<T, 1, Table>(m, take, x + c, y + c);
+    else
+      multiply_cut<T, kBlockRows, Table>(m, take, x + c, y + c);
     c += take;
   }
 }
@@ -293,8 +310,8 @@ void correlate_blocks(const Correlate<T>& m) {
     for (int64_t b = m.first_block; b < m.end_block; ++b) {
       const uint32_t* counts = m.kept.counts + (t * m.kept.blocks + b) * 16;
       const uint16_t* index = m.kept.index + counts[0];
-      const T* dy = m.dy + b * kBlockRows * m.dy_row;
-      T* g = m.g + b * kBlockRows * m.g_row;
+      const T* dy = m.dy + b * m.kept.block_rows * m.dy_row;
+      T* g = m.g + b * m.kept.block_rows * m.g_row;
 #define RTL_BUCKET(P) correlate_bucket<T, P, Table>(m, start, dy, g, index, counts[P]), index += counts[P]
       RTL_BUCKET(1);
       RTL_BUCKET(2);

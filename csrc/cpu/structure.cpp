@@ -36,7 +36,9 @@ std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words
   Structure& s = *structure;
   s.kept = count_bits(plan, words, words_row);
   s.tile_inputs = tile_inputs(plan, s.kept);
-  const int64_t blocks = (plan.rows + kBlockRows - 1) / kBlockRows;
+  // Fewer than 24 inputs a row on average (and phase): see kBlockRows.
+  s.block_rows = s.kept < 24 * plan.groups * plan.rows * int64_t(plan.phases.size()) ? 1 : kBlockRows;
+  const int64_t blocks = (plan.rows + s.block_rows - 1) / s.block_rows;
   std::vector<uint8_t> pattern(s.tile_inputs);
   for (int64_t group = 0; group < plan.groups; ++group) {
     for (const Phase& phase : plan.phases) {
@@ -47,7 +49,7 @@ std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * s.tile_inputs, count = std::min(s.tile_inputs, inputs - first);
         for (int64_t block = 0; block < blocks; ++block) {
-          const int64_t row = block * kBlockRows, height = std::min<int64_t>(kBlockRows, plan.rows - row);
+          const int64_t row = block * s.block_rows, height = std::min(s.block_rows, plan.rows - row);
           uint32_t counts[16] = {};
           int64_t channel = count > 0 ? first / slots : 0, slot = count > 0 ? first % slots : 0;
           for (int64_t j = 0; j < count; ++j) {

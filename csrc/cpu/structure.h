@@ -12,6 +12,7 @@ namespace rtl_kernels {
 
 struct Structure {
   int64_t tile_inputs;
+  int64_t block_rows;
   int64_t kept;  // weights
   struct Part {  // of one group and phase
     int64_t counts, index, tiles;
@@ -22,8 +23,8 @@ struct Structure {
 
   Kept at(const Plan& plan, int64_t group, int64_t phase) const {
     const Part& part = parts[group * plan.phases.size() + phase];
-    const int64_t blocks = (plan.rows + kBlockRows - 1) / kBlockRows;
-    return {counts.data() + part.counts, index.data() + part.index, part.tiles, tile_inputs, blocks, 0};
+    const int64_t blocks = (plan.rows + block_rows - 1) / block_rows;
+    return {counts.data() + part.counts, index.data() + part.index, part.tiles, tile_inputs, blocks, block_rows, 0};
   }
 };
 

@@ -74,7 +74,7 @@ def similarity_by_depth(level: Similarity, sparsity: float, panels: int = 4) -> 
         layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, min(panels, len(layers))).round().astype(int))
     ]
     matrices = {"all layers": level.matrix} | {layer: level.by_layer[layer] for layer in chosen}
-    figure, axes = _figure(len(matrices), width=2.7, height=3.1)
+    figure, axes = _figure(len(matrices), width=2.7, height=3.3)
     image: Any = None
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
@@ -96,7 +96,7 @@ def save(figure: Figure, file: Path) -> None:
 
     buffer = io.BytesIO()
     # Without the version in its metadata, equal figures are equal files.
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     write_atomically(file, buffer.getvalue())
 

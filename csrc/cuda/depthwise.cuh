@@ -15,7 +15,7 @@
 namespace rtl {
 
 constexpr int kDepthwiseThreads = 256, kDepthwiseWarps = kDepthwiseThreads / kWarp;
-// Filters staged by a block, in floats; a filter larger than this is refused.
+// Filters staged by a block take at most this many floats; a larger one is refused.
 constexpr int kFilterFloats = 2048;
 constexpr int kDepthwiseShared = kFilterFloats * 4;
 

@@ -181,12 +181,13 @@ int run_depthwise(Type type, const DepthwiseArgs& a, Stream stream) {
                             : launch.passes > 1 ? divide_up(samples, int64_t(launch.rows))
                                                 : tile_limit(a.route, 1, launch.rows);
   const int64_t blocks = row_tiles * divide_up(all_channels, int64_t(launch.channels)) * divide_up(plane, int64_t(launch.positions));
+  const size_t shared = size_t(launch.channels * floats) * sizeof(float);
   return with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (a.kernel_h == 3 && a.kernel_w == 3)
-      RTL_LAUNCH(blocks, kDepthwiseThreads, kDepthwiseShared, stream, launch, &depthwise<T, kForward, 3>);
+      RTL_LAUNCH(blocks, kDepthwiseThreads, shared, stream, launch, &depthwise<T, kForward, 3>);
     else
-      RTL_LAUNCH(blocks, kDepthwiseThreads, kDepthwiseShared, stream, launch, &depthwise<T, kForward, 0>);
+      RTL_LAUNCH(blocks, kDepthwiseThreads, shared, stream, launch, &depthwise<T, kForward, 0>);
     return 0;
   });
 }

@@ -59,7 +59,7 @@ inline std::vector<LinearCase> linear_cases(const std::string& size) {
     if (size == "huge") {
       // Rows 8 and up lie beyond 2³¹ elements.
       if (type == rtl::Type::kF32 || type == rtl::Type::kF16)
-        add("strided", [](auto& k) { k.masks = 2, k.counts = {0, 12, 20}, k.in = 32, k.out = 32, k.x_stride = int64_t(1) << 28; });
+        add("strided", [](auto& k) { k.masks = 2, k.counts = {0, 12, 20}, k.in = 32, k.out = 32, k.x_stride = int64_t(1) << 28, k.bias = true; });
       continue;
     }
     // Groups for both kernels, a mask of each kind, rows without a mask, samples in disorder.

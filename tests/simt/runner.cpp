@@ -20,9 +20,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels.cuh"
-
 #include "cases.h"
+#include "launch.cu"
 
 namespace {
 

@@ -157,7 +157,7 @@ struct Block {
 Launch launch_now;
 Block block;
 std::vector<Thread> threads;
-std::vector<Fiber*> fibers;
+std::vector<Fiber*>& fibers = *new std::vector<Fiber*>;  // never destroyed: nor are the fibers
 Context scheduler;
 std::mt19937_64 random_bits;
 #if defined(SIMT_ASAN)

@@ -164,13 +164,13 @@ RTL_DEVICE Chunk load_some(const T* from, int64_t count) {
   return chunk;
 }
 
-// What rows without a mask get where weights are untied: an error that cannot be raised without waiting for the device.
+// What rows without a mask get where weights are untied: an error, and raising it would mean waiting for the device.
 RTL_DEVICE float not_a_number() { return bits_float(0x7FC00000u); }
 
 // ---- shared memory
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a tile whose rows are `kRowBytes` long. Chunks change places with
-// the row, so that eight consecutive rows' equal chunks lie in different banks.
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile whose rows are `kRowBytes` long. Chunks change places
+// with the row, so that eight consecutive rows' equal chunks lie in different banks.
 template <int kRowBytes>
 RTL_DEVICE int swizzled(int row, int chunk) {
   static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "rows of whole bank cycles, or half of one");

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
       const float* taps_of = filter + channel * filters * taps;
       const int64_t sample = sums ? pass * samples + source : source;
       if constexpr (kForward) {
-        const T* from = x + offset_of(sample, args.x_strides.n) + offset_of((c0 + channel) / multiplier, args.x_strides.c);
+        const int64_t input = (c0 + channel) / multiplier;
+        const T* from = x + offset_of(sample, args.x_strides.n) + offset_of(input, args.x_strides.c);
         const int top = h * args.stride_h - args.pad_top, left = w * args.stride_w - args.pad_left;
         RTL_UNROLL
         for (int i = 0; i < kernel_h; i++) {
@@ -129,8 +130,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
       }
     }
     if (!active) continue;
-    if (args.bias && !wrong)
-      sum += to_float(static_cast<const T*>(args.bias)[(args.untied ? (tile.group - 1) * all_channels : 0) + c0 + channel]);
+    if (args.bias && !wrong) {
+      const int64_t first = args.untied ? (tile.group - 1) * all_channels : 0;
+      sum += to_float(static_cast<const T*>(args.bias)[first + c0 + channel]);
+    }
     y[offset_of(target, args.y_strides.n) + offset_of(c0 + channel, args.y_strides.c) + h * args.y_strides.h +
       w * args.y_strides.w] = from_float<T>(wrong ? not_a_number() : sum);
   }

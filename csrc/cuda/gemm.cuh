@@ -45,7 +45,7 @@ struct Gemm {
   static constexpr int kStageBytes = kRowTile + kWeightTile;
   // Mask words follow all tiles: one a column, or one for every 32 columns of every k; kColumns of them either way.
   static constexpr int kShared = kStages * (kStageBytes + kColumns * 4);
-  static constexpr int kMinBlocks = kThreads > 128 ? 1 : kTensor ? 3 : 2;
+  static constexpr int kMinBlocks = kThreads > 128 ? 1 : 3;
 };
 
 // Which steps (pass, k) there are, those without a kept weight left out. The same in every thread of the block.
@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kMinBlocks) gemm(GemmArgs args
         multiply<T, P::kM>(sum, a, b);
       }
     } else {
-      // Four k at a time, since rows are read in chunks.
-      RTL_UNROLL
+      // Four k at a time, since rows are read in chunks; unrolled further it would need all the registers there are.
+      RTL_UNROLL_TWICE
       for (int chunk = 0; chunk < kDepth / 4; chunk++) {
         Chunk a[P::kM][2];
         RTL_UNROLL
@@ -285,7 +285,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kMinBlocks) gemm(GemmArgs args
 
   const bool wrong = args.untied && tile.group == 0;
   T* c = static_cast<T*>(args.c);
-  const T* bias = args.bias ? static_cast<const T*>(args.bias) + (args.untied ? (tile.group - 1) * args.columns : 0) : nullptr;
+  const int64_t bias_first = args.untied ? (tile.group - 1) * args.columns : 0;
+  const T* bias = args.bias ? static_cast<const T*>(args.bias) + bias_first : nullptr;
   RTL_UNROLL
   for (int m = 0; m < P::kM; m++)
     RTL_UNROLL

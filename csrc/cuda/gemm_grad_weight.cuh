@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(P::kThreads) gemm_grad_weight(GradWeightArgs a
         multiply<T, P::kM>(sum, a, b);
       }
     } else {
-      RTL_UNROLL
+      RTL_UNROLL_TWICE
       for (int k = 0; k < kDepth; k++) {
         float left[P::kM][2], right[kPieces][2];
         RTL_UNROLL
@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(P::kThreads) gemm_grad_weight(GradWeightArgs a
         const int64_t row = o0 + m0 + piece_row(m, 2 * h);
         uint32_t bits = 0;
         if (g == 0) bits = 0xFFFFFFFFu;
-        else if (row < args.route.mask_rows && word < args.route.words_per_row) bits = mask_row(args.route, g, row)[word];
+        else if (row < args.route.mask_rows && word < args.route.words_per_row)
+          bits = mask_row(args.route, g, row)[word];
         RTL_UNROLL
         for (int n = 0; n < kPieces; n++)
           RTL_UNROLL

@@ -1,4 +1,4 @@
-// Every kernel there is, by name: what launch.cu launches, what is compiled ahead of time, what the static report lists.
+// Every kernel there is, by name: what launch.cu launches, what is compiled ahead of time, what the report lists.
 //
 // RTL_KERNELS(X) calls X(name, threads, bytes of shared memory, kernel) for each.
 #pragma once

@@ -76,7 +76,8 @@ int64_t tile_summary_words(int64_t masks, int64_t mask_rows, int64_t words_per_r
 int tile_summary(const Route& route, uint32_t* summary, Stream stream) {
   const SummaryArgs args{route, summary};
   const int64_t words = tile_summary_words(route.masks, route.mask_rows, route.words_per_row);
-  RTL_LAUNCH(divide_up(words, int64_t(kSummaryThreads / kWarp)), kSummaryThreads, 0, stream, args, &tile_summary_kernel<kSummaryThreads>);
+  const int64_t blocks = divide_up(words, int64_t(kSummaryThreads / kWarp));
+  RTL_LAUNCH(blocks, kSummaryThreads, 0, stream, args, &tile_summary_kernel<kSummaryThreads>);
   return 0;
 }
 
@@ -86,16 +87,18 @@ int masked_linear(Type type, const LinearArgs& a, Stream stream) {
     using T = typename decltype(tag)::type;
     const SmallArgs args = small_args(a);
     const int64_t blocks = (a.route.masks + 1) * divide_up(a.out, int64_t(SmallForward<T, true>::kBlockOutputs));
+    using Aligned = SmallForward<T, true>;
+    using Ragged = SmallForward<T, false>;
     if (chunked(a.x, a.x_stride, a.in, sizeof(T)) && chunked(a.weight, a.in, a.in, sizeof(T)))
-      RTL_LAUNCH(blocks, kSmallThreads, (SmallForward<T, true>::kShared), stream, args, &small_forward<SmallForward<T, true>>);
+      RTL_LAUNCH(blocks, kSmallThreads, Aligned::kShared, stream, args, &small_forward<Aligned>);
     else
-      RTL_LAUNCH(blocks, kSmallThreads, (SmallForward<T, false>::kShared), stream, args, &small_forward<SmallForward<T, false>>);
+      RTL_LAUNCH(blocks, kSmallThreads, Ragged::kShared, stream, args, &small_forward<Ragged>);
     return 0;
   });
   if (error || a.route.rows * a.inner <= kSmallRows) return error;
   return run_gemm<true>(type,
-                        {a.route, a.x, a.weight, a.bias, a.y, a.inner, a.in, a.out, a.x_stride, a.y_stride, kSmallRows, 1,
-                         a.untied, pairs(a.y, a.y_stride, type)},
+                        {a.route, a.x, a.weight, a.bias, a.y, a.inner, a.in, a.out, a.x_stride, a.y_stride, kSmallRows,
+                         1, a.untied, pairs(a.y, a.y_stride, type)},
                         stream);
 }
 
@@ -106,10 +109,12 @@ int masked_linear_grad_input(Type type, const LinearArgs& a, Stream stream) {
       using T = typename decltype(tag)::type;
       const SmallArgs args = small_args(a);
       const int64_t blocks = (a.route.masks + 1) * divide_up(a.in, int64_t(SmallGradInput<T, true>::kColumns));
+      using Aligned = SmallGradInput<T, true>;
+      using Ragged = SmallGradInput<T, false>;
       if (chunked(a.weight, a.in, a.in, sizeof(T)))
-        RTL_LAUNCH(blocks, kSmallThreads, (SmallGradInput<T, true>::kShared), stream, args, &small_grad_input<SmallGradInput<T, true>>);
+        RTL_LAUNCH(blocks, kSmallThreads, Aligned::kShared, stream, args, &small_grad_input<Aligned>);
       else
-        RTL_LAUNCH(blocks, kSmallThreads, (SmallGradInput<T, false>::kShared), stream, args, &small_grad_input<SmallGradInput<T, false>>);
+        RTL_LAUNCH(blocks, kSmallThreads, Ragged::kShared, stream, args, &small_grad_input<Ragged>);
       return 0;
     });
     if (error || a.route.rows * a.inner <= kSmallRows) return error;
@@ -124,9 +129,10 @@ namespace {
 
 template <class T, bool kTensor>
 int run_grad_weight(const GradWeightArgs& args, Stream stream) {
-  const int64_t blocks = divide_up(args.out, int64_t(64)) * divide_up(args.in, int64_t(64)) * (args.untied ? args.route.masks : 1);
   using Aligned = GradWeight<T, kTensor, true>;
   using Ragged = GradWeight<T, kTensor, false>;
+  const int64_t tiles = divide_up(args.out, int64_t(Aligned::kRows)) * divide_up(args.in, int64_t(Aligned::kColumns));
+  const int64_t blocks = tiles * (args.untied ? args.route.masks : 1);
   if (chunked(args.dy, args.dy_stride, args.out, sizeof(T)) && chunked(args.x, args.x_stride, args.in, sizeof(T)))
     RTL_LAUNCH(blocks, Aligned::kThreads, Aligned::kShared, stream, args, &gemm_grad_weight<Aligned>);
   else
@@ -180,7 +186,8 @@ int run_depthwise(Type type, const DepthwiseArgs& a, Stream stream) {
   const int64_t row_tiles = launch.rows == 1 ? samples
                             : launch.passes > 1 ? divide_up(samples, int64_t(launch.rows))
                                                 : tile_limit(a.route, 1, launch.rows);
-  const int64_t blocks = row_tiles * divide_up(all_channels, int64_t(launch.channels)) * divide_up(plane, int64_t(launch.positions));
+  const int64_t blocks = row_tiles * divide_up(all_channels, int64_t(launch.channels)) *
+                         divide_up(plane, int64_t(launch.positions));
   const size_t shared = size_t(launch.channels * floats) * sizeof(float);
   return with_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -194,7 +201,9 @@ int run_depthwise(Type type, const DepthwiseArgs& a, Stream stream) {
 
 }  // namespace
 
-int masked_depthwise(Type type, const DepthwiseArgs& args, Stream stream) { return run_depthwise<true>(type, args, stream); }
+int masked_depthwise(Type type, const DepthwiseArgs& args, Stream stream) {
+  return run_depthwise<true>(type, args, stream);
+}
 
 int masked_depthwise_grad_input(Type type, const DepthwiseArgs& args, Stream stream) {
   return run_depthwise<false>(type, args, stream);

@@ -37,8 +37,8 @@ struct Route {
   int64_t words_per_row = 0;
 };
 
-// y (rows, inner, out) = x (samples, inner, in) · (m ⊙ weight)ᵀ + bias, one mask a row; and its derivatives, where x, y
-// stand for what the function reads and writes: dy -> dx, (dy, x) -> dw.
+// y (rows, inner, out) = x (samples, inner, in) · (m ⊙ weight)ᵀ + bias, one mask a row; and its derivatives, where x
+// and y stand for what the function reads and writes: dy -> dx, (dy, x) -> dw.
 struct LinearArgs {
   Route route;
   const void* x = nullptr;       // forward: x. grad_input: dy. grad_weight: x

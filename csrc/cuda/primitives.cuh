@@ -21,6 +21,7 @@
 #define RTL_DEVICE __device__ __forceinline__
 #define RTL_HOST_DEVICE __host__ __device__ __forceinline__
 #define RTL_UNROLL _Pragma("unroll")
+#define RTL_UNROLL_TWICE _Pragma("unroll 2")
 
 namespace rtl {
 
@@ -89,8 +90,8 @@ RTL_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
                : "memory");
 }
 
-// c (16 × 8) += a (16 × k) · b (k × 8), k = 16 for the 16-bit types and 8 for TF32. Lane 4g + t holds c[g][2t], c[g][2t +
-// 1], c[g + 8][2t], c[g + 8][2t + 1].
+// c (16 × 8) += a (16 × k) · b (k × 8), k = 16 for the 16-bit types and 8 for TF32. Lane 4g + t holds c[g][2t],
+// c[g][2t + 1], c[g + 8][2t], c[g + 8][2t + 1].
 #define RTL_MMA(name, shape, types)                                                                          \
   RTL_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                      \
     asm volatile("mma.sync.aligned." shape ".row.col." types                                                 \
@@ -151,8 +152,9 @@ template <class Arguments>
 int launch_kernel(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared, Stream stream,
                   const Arguments& args) {
   if (shared > (48u << 10)) {
+    const void* function = reinterpret_cast<const void*>(kernel);
     const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return int(error);
   }
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), shared, stream>>>(args);

@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kSmallThreads) small_forward(SmallArgs args) {
   int64_t* from = reinterpret_cast<int64_t*>(shared_memory());
   int64_t* to = from + kSmallRows;
   if (thread_index() < kSmallRows) {
-    const int64_t logical = span.first * args.inner + thread_index(), r = logical / args.inner, t = logical % args.inner;
+    const int64_t logical = span.first * args.inner + thread_index();
+    const int64_t r = logical / args.inner, t = logical % args.inner;
     const bool valid = thread_index() < rows && sample_of(args.route, r) >= 0;
     from[thread_index()] =
         valid ? offset_of(shared_sample_of(args.route, r) * args.inner + t, args.x_stride) : -1;
@@ -185,7 +186,8 @@ __global__ void __launch_bounds__(kSmallThreads) small_grad_input(SmallArgs args
     float sum[kSums];  // [row][element of the chunk]
     RTL_UNROLL
     for (int s = 0; s < kSums; s++) sum[s] = 0.f;
-    for (int64_t o0 = 0; o0 < args.out; o0 += P::kOutputs) {
+    // At least once: its barriers also part this pass's sums from the last one's.
+    for (int64_t o0 = 0; o0 == 0 || o0 < args.out; o0 += P::kOutputs) {
       if (o0 > 0 || r0 > 0) RTL_PLANT(2, sync_block(), (void)0);
       for (int index = thread_index(); index < P::kOutputs * kRows; index += kSmallThreads) {
         // Consecutive threads read consecutive outputs.

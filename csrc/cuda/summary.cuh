@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kThreads) tile_summary_kernel(SummaryArgs args
   const int64_t blocks = divide_up(route.mask_rows, int64_t(32)), words = divide_up(route.words_per_row, int64_t(32));
   const int64_t index = block_index() * (kThreads / kWarp) + warp_index();
   if (index >= route.masks * blocks * words) return;
-  const int64_t word = index % words * 32 + lane_index(), block = index / words % blocks, mask = index / (words * blocks);
+  const int64_t word = index % words * 32 + lane_index();
+  const int64_t block = index / words % blocks, mask = index / (words * blocks);
   uint32_t any = 0;
   if (word < route.words_per_row)
     for (int64_t row = block * 32; row < smaller(block * 32 + 32, route.mask_rows); row++)

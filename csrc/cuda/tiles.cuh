@@ -102,9 +102,10 @@ struct LeftByDepth<float, kM, kRowBytes> {
     RTL_UNROLL
     for (int m = 0; m < kM; m++)
       RTL_UNROLL
-      for (int r = 0; r < 4; r++)
-        a[m][r] = to_tf32(
-            read<uint32_t>(element_at<float, kRowBytes>(tile, s * 8 + t + (r >> 1) * 4, row + m * 16 + g + (r & 1) * 8)));
+      for (int r = 0; r < 4; r++) {
+        const int k = s * 8 + t + (r >> 1) * 4, at = row + m * 16 + g + (r & 1) * 8;
+        a[m][r] = to_tf32(read<uint32_t>(element_at<float, kRowBytes>(tile, k, at)));
+      }
   }
 };
 

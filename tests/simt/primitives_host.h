@@ -15,6 +15,7 @@
 #define RTL_DEVICE inline
 #define RTL_HOST_DEVICE inline
 #define RTL_UNROLL
+#define RTL_UNROLL_TWICE
 
 // Lanes meet only at the same call; helpers take their own line, since the lanes of a warp all come through them.
 #define RTL_LINE int line = __builtin_LINE()

@@ -4,6 +4,7 @@
 //          [--plant N]
 //   runner --list        every kernel: name, threads, shared memory
 //   runner --invariance  bits do not depend on other groups, on the tile's size, or on the schedule
+//   runner --garbage     offsets and orders that no route holds lead nowhere out of bounds
 //
 // Ends with 0 and a line "OK ...", or with "MISMATCH ..." (4), or with what the emulator or a sanitizer reports.
 #include <sys/mman.h>
@@ -426,6 +427,20 @@ struct DepthwiseRun {
     return dy.get(at(y_strides(), routing.sample(r), o, oh, ow));
   }
 
+  // Everything once, compared with nothing.
+  void run_unchecked() {
+    y = Buffer(c.type, extent(y_strides(), rows, outputs, out_h, out_w));
+    dx = Buffer(c.type, extent(x_strides(), x_rows, c.channels, c.in_h, c.in_w));
+    dw = Buffer(c.type, (c.untied ? c.masks : 1) * outputs * taps);
+    rtl::DepthwiseArgs a = args;
+    a.x = x.data, a.x_strides = x_strides(), a.y = y.data, a.y_strides = y_strides(), a.bias = bias.data;
+    check(rtl::masked_depthwise(c.type, a, nullptr), c.name);
+    a.x = dy.data, a.x_strides = y_strides(), a.y = dx.data, a.y_strides = x_strides(), a.bias = nullptr;
+    check(rtl::masked_depthwise_grad_input(c.type, a, nullptr), c.name);
+    a.x = x.data, a.x_strides = x_strides(), a.dy = dy.data, a.dy_strides = y_strides(), a.y = dw.data;
+    check(rtl::masked_depthwise_grad_weight(c.type, a, nullptr), c.name);
+  }
+
   void run(const std::string& family) {
     const auto wants = [&](const char* name) { return family.empty() || std::string(name).rfind(family, 0) == 0; };
     if (wants("depthwise_forward")) {
@@ -540,6 +555,33 @@ int invariance(uint64_t seed) {
   return 0;
 }
 
+// Offsets and orders that no Route holds: nothing may be read or written out of bounds. The results mean nothing.
+int garbage(uint64_t seed) {
+  Random random(seed);
+  int runs = 0;
+  const auto spoil = [&](Routing& routing) {
+    const int64_t rows = routing.route.rows;
+    for (int64_t& offset : routing.offsets)
+      offset = random.chance(.2) ? int64_t(random.bits()) : random.below(2 * rows + 3) - rows / 2 - 1;
+    for (int64_t& entry : routing.order)
+      if (random.chance(.3)) entry = random.chance(.5) ? int64_t(random.bits()) : random.below(3 * rows + 1) - rows;
+  };
+  for (int round = 0; round < 2; round++) {
+    for (const LinearCase& c : linear_cases("quick")) {
+      LinearRun run(c, seed + uint64_t(round));
+      spoil(run.routing);
+      run.forward(), run.grad_input(), run.grad_weight(), runs++;
+    }
+    for (const DepthwiseCase& c : depthwise_cases("quick")) {
+      DepthwiseRun run(c, seed + uint64_t(round));
+      spoil(run.routing);
+      run.run_unchecked(), runs++;
+    }
+  }
+  std::printf("OK %d runs\n", runs);
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -547,15 +589,15 @@ int main(int count, char** values) {
   uint64_t seed = 0;
   for (const KernelInfo& info : all_kernels()) kernel_names[info.kernel] = info.name;
   simt::before_launch = on_launch;
-  bool bits = false;
+  bool bits = false, spoiled = false;
   for (int i = 1; i < count; i++) {
     const std::string name = values[i];
     if (name == "--list") {
       for (const KernelInfo& info : all_kernels()) std::printf("%s %d %d\n", info.name.c_str(), info.threads, info.shared);
       return 0;
     }
-    if (name == "--invariance") {
-      bits = true;
+    if (name == "--invariance" || name == "--garbage") {
+      (name == "--garbage" ? spoiled : bits) = true;
       continue;
     }
     const std::string value = i + 1 < count ? values[++i] : "";
@@ -570,6 +612,7 @@ int main(int count, char** values) {
   simt::options.seed = seed;
   planted_family = kernel;
   if (bits) return invariance(seed);
+  if (spoiled) return garbage(seed);
 
   const auto wants = [&](const char* family) { return kernel.empty() || std::string(family).rfind(kernel, 0) == 0; };
   int cases = 0;

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -54,9 +56,20 @@ REPORTS = {
 }
 
 
-def why_not() -> str | None:
-    """Why the emulator cannot be built here, or None."""
-    return None if shutil.which("g++") else "g++ is not installed"
+@functools.cache
+def why_not(mode: str) -> str | None:
+    """Why the emulator cannot be built and run here in this mode, or None: tried on an empty program."""
+    if not shutil.which("g++"):
+        return "g++ is not installed"
+    flags, _ = MODES[mode]
+    with tempfile.TemporaryDirectory() as work:
+        source = Path(work) / "empty.cpp"
+        source.write_text("int main() { return 0; }\n")
+        for command in (["g++", *flags, str(source), "-o", f"{work}/empty"], [f"{work}/empty"]):
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                return f"{' '.join(flags)} does not work here: {result.stderr.strip()[-200:]}"
+    return None
 
 
 def sources() -> list[Path]:
@@ -95,13 +108,18 @@ def build(mode: str, plant: str = "simt::planted") -> Path:
     return runner
 
 
-def run(mode: str, *arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
+def run(
+    mode: str, *arguments: str, plant: str = "simt::planted", timeout: float = 1200
+) -> subprocess.CompletedProcess[str]:
+    """The runner's run to its end. Skips the calling test where the mode is not to be had."""
+    if reason := why_not(mode):
+        pytest.skip(reason)
     environment = os.environ | {
         "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
         "ASAN_OPTIONS": "exitcode=99 detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=0",
     }
-    command = [str(build(mode)), *arguments]
+    command = [str(build(mode, plant)), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 

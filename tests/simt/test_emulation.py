@@ -13,7 +13,6 @@ import os
 import pytest
 import simt_harness as simt
 
-pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 whole = pytest.mark.skipif(not os.environ.get("RTL_VERIFY_GPU"), reason="takes minutes: set RTL_VERIFY_GPU=1")
 
 SCHEDULES = list(itertools.product(("forward", "skew"), ("lazy", "eager")))
@@ -38,6 +37,10 @@ def test_addresses_eager() -> None:
 
 def test_offsets_past_32_bits() -> None:
     check("asan", "--size", "huge")
+
+
+def test_offsets_that_no_route_holds() -> None:
+    check("asan", "--garbage")
 
 
 @pytest.mark.parametrize("copies", ["lazy", "eager"])

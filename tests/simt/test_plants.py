@@ -6,10 +6,10 @@ make. What a kernel does not have is not listed: a kernel without asynchronous c
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import simt_harness as simt
-
-pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 
 # A race is a race whether or not a value came out wrong, so barriers are ThreadSanitizer's: eager copies where the bug
 # is to overwrite what is still in use, lazy ones where it is to read too soon.
@@ -57,6 +57,14 @@ def test_planted_bug_is_caught(family: str, plant: int) -> None:
     options = ["--kernel", family, "--size", size, "--order", order, "--copies", copies]
     result = simt.run(mode, *options, "--plant", str(plant))
     assert simt.caught(result) == report, result.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("RTL_VERIFY_GPU"), reason="takes minutes: set RTL_VERIFY_GPU=1")
+def test_planted_when_compiled() -> None:
+    """-DPLANT=n in place of the runtime choice."""
+    wrong = simt.run("plain", "--size", "tiny", "--kernel", "gemm_forward", plant="7")
+    assert simt.caught(wrong) == "reference", wrong.stderr[-2000:]
 
 
 def test_every_bug_is_planted_in_some_kernel() -> None:

@@ -28,8 +28,8 @@ ARCHITECTURES = list(static.ARCHITECTURES) if os.environ.get("RTL_VERIFY_GPU") e
 # hold in registers, 64 sums a thread in the large tile; the others on many loads under way.
 OCCUPANCY = {
     r"gemm_(forward|grad_input)_(f16|bf16)(_ragged)?": 0.25,
-    r"gemm_(forward|grad_input)_tf32(_ragged)?": 0.18,
-    r"gemm_(forward|grad_input)_f32(_ragged)?": 0.18,
+    r"gemm_(forward|grad_input)_tf32(_ragged)?": 0.16,
+    r"gemm_(forward|grad_input)_f32(_ragged)?": 0.16,
     r"gemm_(forward|grad_input)_\w+_large": 0.12,
     r"gemm_grad_weight_(f16|bf16)(_ragged)?": 0.18,
     r"gemm_grad_weight_(f32|tf32)(_ragged)?": 0.12,

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from . import shapes
-from .backends import reference
+from .backends import reference, triton
 from .masks import MaskBank
 from .routing import Route
 
 __all__ = ["Explanation", "explain", "masked_conv2d", "masked_conv_transpose2d", "masked_linear"]
 
 # In order of preference: "auto" takes the first that supports the call. The reference supports everything.
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (reference,)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (triton, reference)}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -1,6 +1,26 @@
-"""Property tests draw the same examples on every run: a failure here is a failure there."""
+"""What all kernel tests share."""
 
+import inspect
+
+import pytest
+import torch
 from hypothesis import settings
 
+from rtl_kernels import functional
+
+# Property tests draw the same examples on every run: a failure here is a failure there.
 settings.register_profile("kernels", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("kernels")
+
+
+def pytest_collection_modifyitems(items):
+    """A test of a backend that names no device runs on the CPU, which is not every backend's."""
+    one = torch.ones(1, 1)
+    refused = {name: module.supports("masked_linear", one, one) for name, module in functional.BACKENDS.items()}
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is None or "device" in inspect.signature(item.function).parameters:
+            continue
+        reason = refused.get(parameters.params.get("backend"))
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=f"{parameters.params['backend']}: {reason}"))

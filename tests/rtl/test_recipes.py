@@ -295,7 +295,7 @@ def test_another_configuration_in_the_same_run_is_refused_and_the_old_run_unharm
 def test_other_data_in_the_same_run_is_refused(experiment):
     run, train, test, *_ = experiment
     other = dataclasses.replace(train, inputs=train.inputs.flip(0))
-    with pytest.raises(InputError, match=r"data was .*, now .*use another --out"):
+    with pytest.raises(InputError, match=r"train was .*, now .*use another --out"):
         run_classification(SMALL, run, other, test)
 
 

@@ -563,7 +563,9 @@ def script(tmp_path, ending):
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(Path(rtl.run.__file__).parents[1])}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as parent:
+    # A shell's background job ignores SIGINT, and so would all it starts.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heed) as parent:
         try:
             yield parent
         finally:

@@ -48,6 +48,7 @@ struct Multiply {
   int64_t segments;     // runs of columns, x_segment and y_segment apart
   int64_t x_segment;
   int64_t y_segment;
+  bool stream;          // y goes past the caches: all of it is aligned to whole vectors, and there is one tile
 };
 
 // g[r, j] += Σ_c dy[r][c] · x[j][c] over kept (r, j).
@@ -107,6 +108,28 @@ struct Lanes {
   int64_t length;
   T* lanes_at;
   const int64_t* place;
+  bool stream;  // rows written go past the caches: they are aligned to whole vectors
+};
+
+// to[r][w · to_step] = from[r][w · from_step] for `rows` rows of `width` elements, the rows to_row and from_row apart.
+template <class T>
+struct Copy {
+  const T* from;
+  int64_t from_row, from_step;
+  T* to;
+  int64_t to_row, to_step;
+  int64_t rows, width;
+};
+
+// even[r][w / 2] = from[r][w] for the even w below `width`, odd[r][w / 2] for the odd ones.
+template <class T>
+struct Split {
+  const T* from;
+  int64_t from_row;
+  T* even;
+  T* odd;
+  int64_t to_row;
+  int64_t rows, width;
 };
 
 // One channel of one sample against its own filter: y[h][w] = bias + Σ_taps w[t] · x[h · x_row + at[t] + w · x_step].
@@ -135,6 +158,8 @@ struct Kernels {
   void (*few)(const Few<T>&);
   void (*to_lanes)(const Lanes<T>&);
   void (*from_lanes)(const Lanes<T>&);
+  void (*copy)(const Copy<T>&);
+  void (*split)(const Split<T>&);
   void (*filter)(const Filter<T>&);
 };
 

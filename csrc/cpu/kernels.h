@@ -108,7 +108,7 @@ struct Lanes {
   int64_t length;
   T* lanes_at;
   const int64_t* place;
-  bool stream;  // rows written go past the caches: they are aligned to whole vectors
+  bool stream = false;  // rows written go past the caches: they are aligned to whole vectors
 };
 
 // to[r][w · to_step] = from[r][w · from_step] for `rows` rows of `width` elements, the rows to_row and from_row apart.
@@ -130,6 +130,22 @@ struct Split {
   T* odd;
   int64_t to_row;
   int64_t rows, width;
+};
+
+// Rows of `width` elements, `row` apart, of one channel's planes; or with `columns` of several channels', where every
+// column has its own coefficients and sums.
+template <class T>
+struct Norm {
+  const T* x;
+  const T* dy;
+  T* y;
+  int64_t row, rows, width;
+  bool columns;
+  const T* a;
+  const T* b;
+  const T* c;
+  double* first;
+  double* second;
 };
 
 // One channel of one sample against its own filter: y[h][w] = bias + Σ_taps w[t] · x[h · x_row + at[t] + w · x_step].
@@ -161,6 +177,11 @@ struct Kernels {
   void (*copy)(const Copy<T>&);
   void (*split)(const Split<T>&);
   void (*filter)(const Filter<T>&);
+  void (*norm_sum)(const Norm<T>&);       // first += Σ x
+  void (*norm_squares)(const Norm<T>&);   // first += Σ (x − a)²
+  void (*norm_scale)(const Norm<T>&);     // y = x · a + b
+  void (*norm_products)(const Norm<T>&);  // first += Σ dy, second += Σ dy · (x − a)
+  void (*norm_grad)(const Norm<T>&);      // y = dy · a + x · b + c
 };
 
 struct Level {

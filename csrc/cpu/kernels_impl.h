@@ -850,10 +850,19 @@ void filter(const Filter<T>& m) {
   }
 }
 
+}  // namespace RTL_LEVEL
+}  // namespace rtl_kernels
+
+#include "norm_impl.h"
+
+namespace rtl_kernels {
+namespace RTL_LEVEL {
+
 template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
-          multiply<T>,      correlate<T>, outer<T>, few<T>, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>};
+          multiply<T>,      correlate<T>, outer<T>, few<T>, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>,
+          norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 
 }  // namespace RTL_LEVEL

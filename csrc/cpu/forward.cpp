@@ -47,6 +47,11 @@ class Runner {
 
   void run(const Parallel& parallel) {
     if (weight_bound()) {
+      // Those of few samples have their own way, the others go together.
+      const auto strips = std::stable_partition(units_.begin(), units_.end(),
+                                                [](const Unit& unit) { return unit.path == Path::kFew; });
+      parallel(strips - units_.begin(), [this](int64_t begin, int64_t end) { Worker(*this).work(begin, end); });
+      units_.erase(units_.begin(), strips);
       run_by_rows(parallel);
       return;
     }
@@ -66,11 +71,20 @@ class Runner {
   }
 
   // A group of a few samples fills part of a vector, while the weights it reads are those of a full one: then every weight
-  // is taken, in whole vectors of inputs, with the mask's bits applied. Up to 8 samples; up to 24 where rows are so long
-  // that adding up the lanes of their sums costs nothing.
+  // is taken, in whole vectors of inputs, with the mask's bits applied. Worth it up to 4 samples; up to 8 where the mask
+  // keeps about half or more; up to 24 where besides the weights come from beyond L2, which buckets wait for.
   bool few(const Segment& segment) const {
     const int64_t count = segment.stop - segment.start;
-    return plan_.linear() && !plan_.scatter && count <= (plan_.channels >= 512 ? 24 : 8);
+    if (!plan_.linear() || plan_.scatter || count > 24) return false;
+    if (count <= 4 || segment.mask < 0) return count <= 8;
+    const int64_t weights = plan_.groups * plan_.group_weights();
+    if (count > 8 && weights * int64_t(sizeof(T)) < (int64_t(4) << 20)) return false;
+    // Estimated from about 4,000 of the bits.
+    const uint32_t* words = masks_.words + segment.mask * masks_.mask_words;
+    const int64_t step = masks_.mask_words / 128 | 1;
+    int64_t kept = 0, bits = 0;
+    for (int64_t i = 0; i < masks_.mask_words; i += step) kept += __builtin_popcount(words[i]), bits += 32;
+    return kept * 100 >= bits * 45;
   }
 
   // What one group of samples is divided into depends on its size and the shapes alone.
@@ -174,10 +188,9 @@ class Runner {
     const int64_t weights = plan_.group_weights() * int64_t(sizeof(T));
     int64_t columns = 0;
     for (const Unit& unit : units_) {
-      if (unit.path != Path::kStrip) return false;
-      columns += unit.strip.samples;
+      if (unit.path == Path::kStrip) columns += unit.strip.samples;
     }
-    return plan_.linear() && plan_.groups == 1 && weights > 2 * kChunkBytes &&
+    return columns > 0 && plan_.linear() && plan_.groups == 1 && weights > 2 * kChunkBytes &&
            columns * plan_.channels * int64_t(sizeof(T)) <= 16 * weights;
   }
 
@@ -203,6 +216,7 @@ class Runner {
     // A tile of the weight, rows × inputs, stays in L2 while every mask passes it, and a mask's tile of x in L1.
     int64_t most = 1, tile_inputs = channels;
     for (const Segment& segment : segments_) {
+      if (!segment.structure) continue;
       most = std::max(most, segment.structure->at(plan_, 0, 0).tiles);
       tile_inputs = std::min(tile_inputs, segment.structure->tile_inputs);
     }

@@ -334,6 +334,7 @@ class Runner {
         else
           strip(unit, segment);
       }
+      if (job_.stream_) k_.fence();
     }
 
    private:
@@ -409,21 +410,22 @@ class Runner {
       const Phase& phase = plan_.phases[0];
       const int64_t begin = std::max(unit.strip.first, phase.begin[0]);
       const int64_t end = std::min(unit.strip.first + unit.strip.height, phase.end[0]);
+      const T* bias = job_.bias(segment, 0);
+      Filter<T> m{};
+      m.x_row = plan_.plane_width();
+      m.y_row = plan_.out[1];
+      m.height = end - begin;
+      m.width = phase.end[1] - phase.begin[1];
+      m.stream = job_.stream_ && m.y_row % k_.lanes == 0 && m.width == m.y_row;
       for (int64_t g = 0; g < plan_.groups; ++g) {
         const T* plane = job_.input(unit.start) + g * job_.in_;
-        const T* x = packer_->pack(unit.strip, &plane, 1);
-        Filter<T> m{};
-        m.x_row = plan_.plane_width();
-        m.x = x + (begin - unit.strip.first) * m.x_row + phase.begin[1];
+        m.x = packer_->pack(unit.strip, &plane, 1) + (begin - unit.strip.first) * m.x_row + phase.begin[1];
         m.weights = values_.data() + taps_[g];
         m.at = at_.data() + taps_[g];
         m.taps = taps_[g + 1] - taps_[g];
-        m.bias = job_.call_.bias ? *job_.bias(segment, g) : T(0);
-        m.y_row = plan_.out[1];
+        m.bias = bias ? bias[g] : T(0);
         m.y = job_.output(unit.start) + g * job_.out_ + (begin + phase.shift[0]) * m.y_row + phase.begin[1] +
               phase.shift[1];
-        m.height = end - begin;
-        m.width = phase.end[1] - phase.begin[1];
         k_.filter(m);
       }
     }
@@ -581,7 +583,7 @@ class Runner {
   const Forward<T>& call_;
   const Kernels<T>& k_;
   // Outputs of this many bytes are not in the caches when they are read next.
-  static constexpr int64_t kStream = int64_t(24) << 20;
+  static constexpr int64_t kStream = int64_t(16) << 20;
 
   int64_t in_, out_;
   bool stream_ = false;

@@ -161,6 +161,7 @@ struct Filter {
   int64_t y_row;
   int64_t height;
   int64_t width;  // x is readable up to a whole vector past it
+  bool stream;    // y goes past the caches: its rows are aligned to whole vectors, and whole
 };
 
 template <class T>
@@ -172,6 +173,7 @@ struct Kernels {
   void (*correlate)(const Correlate<T>&);
   void (*outer)(const Outer<T>&);
   void (*few)(const Few<T>&);
+  void (*fence)();  // after the last of a thread's results that went past the caches
   void (*to_lanes)(const Lanes<T>&);
   void (*from_lanes)(const Lanes<T>&);
   void (*copy)(const Copy<T>&);

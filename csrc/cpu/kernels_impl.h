@@ -27,8 +27,7 @@ RTL_INLINE void store(T* p, typename Vector<T>::type v) {
   *reinterpret_cast<typename Vector<T>::type*>(p) = v;
 }
 
-// Past the caches, for what is larger than they are: an ordinary store would first read what it overwrites. `fence` after
-// the last one.
+// Past the caches, for what is larger than they are: an ordinary store would first read what it overwrites.
 #if RTL_VECTOR_BYTES == 64
 RTL_INLINE void stream(float* p, Vector<float>::type v) { _mm512_stream_ps(p, (__m512)v); }
 RTL_INLINE void stream(double* p, Vector<double>::type v) { _mm512_stream_pd(p, (__m512d)v); }
@@ -291,7 +290,6 @@ void multiply(const Multiply<T>& m) {
     else
       multiply_segment<T, false>(m, x, y);
   }
-  if (m.stream) fence();
 }
 
 // ---- a mask's bits on vectors; i, the place of a row's first lane, is a multiple of the lanes, which divide 32
@@ -765,7 +763,6 @@ void from_lanes(const Lanes<T>& m) {
     store(part, load(m.lanes_at + m.place[e]));
     for (int s = 0; s < m.count; ++s) m.rows[s][e] = part[s];
   }
-  if (m.stream) fence();
 }
 
 // ---- copies of short rows, for which a call of memcpy each would cost more than the bytes
@@ -853,7 +850,10 @@ RTL_INLINE void filter_rows(const Filter<T>& m, int64_t h, int64_t w) {
     for (int r = 0; r < H; ++r) sum[r] += value * load(at + r * m.x_row);
   }
   T* y = m.y + h * m.y_row + w;
-  if (m.width - w >= L) {
+  if (m.stream) {
+#pragma GCC unroll 8
+    for (int r = 0; r < H; ++r) stream(y + r * m.y_row, sum[r]);
+  } else if (m.width - w >= L) {
 #pragma GCC unroll 8
     for (int r = 0; r < H; ++r) store(y + r * m.y_row, sum[r]);
   } else {
@@ -888,7 +888,7 @@ namespace RTL_LEVEL {
 template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
-          multiply<T>,      correlate<T>, outer<T>, few<T>, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>,
+          multiply<T>,      correlate<T>, outer<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>,
           norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 

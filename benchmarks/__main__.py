@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,9 +33,9 @@ REDUCED_TRAINING = ("linear 256, 512→512, K8", "conv 3×3 64→64, 32×32, B64
 REDUCED_CONTENDERS = ("ours", "loop", "loop, cached")
 REDUCED_SECONDS = 1.0
 
-_DESCRIPTION = """Times of the masked operators and of whole networks, and of everything else a mixed batch can be computed with, in
-units of the dense layer. Contenders of a case run in turn, after each was checked against float64; all under the same
-threads and allocator settings. An interrupted run goes on where it was.
+_DESCRIPTION = """Times of the masked operators and of whole networks, and of everything else a mixed batch can be
+computed with, in units of the dense layer. Contenders of a case run in turn, after each was checked against float64;
+all under the same threads and allocator settings. An interrupted run goes on where it was.
 """
 _EXAMPLE = """example:
   $ python -m benchmarks --reduced                     # what `make bench` runs: under ten minutes
@@ -116,7 +117,7 @@ def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 if a contender is wrong or a process failed; 2 for bad input; 130 if interrupted."""
+    """Returns the exit status: 0; 1 if a contender is wrong or a process fails; 2 for bad input; 130 if interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = parse(arguments)
@@ -143,17 +144,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     defaults = Settings()
     parser.add_argument("--reduced", action="store_true", help="fewer contenders, less training, shorter")
-    parser.add_argument("--case", action="append", metavar="TEXT", help="cases whose name has this in it (default: all)")
+    parser.add_argument("--case", action="append", metavar="TEXT", help="cases with this in their name (default: all)")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
-        "--contender", action="append", choices=names, metavar="NAME", help="besides dense, of those below (default: all)"
+        "--contender", action="append", choices=names, metavar="NAME", help="besides dense (default: all below)"
     )
     parser.add_argument("--sparsity", type=float, nargs="+", help="of those the case has (default: all)")
     parser.add_argument("--threads", type=int, nargs="+", default=[defaults.threads], metavar="N", help="default: 1")
     parser.add_argument(
-        "--seconds", type=float, help=f"for each measurement (default {defaults.seconds:g}, reduced {REDUCED_SECONDS:g})"
+        "--seconds", type=float, help=f"a measurement (default {defaults.seconds:g}, reduced {REDUCED_SECONDS:g})"
     )
-    parser.add_argument("--limit", type=float, default=defaults.limit, help="skip who takes longer a call (default 5 s)")
+    parser.add_argument("--limit", type=float, default=defaults.limit, help="seconds a call at most (default 5)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where JSON and summary.json go (default: nowhere)")
     options = parser.parse_args(arguments)
     options.case = options.case or [""]
@@ -192,4 +193,5 @@ def measure(options: argparse.Namespace, command: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the process that measures must not outlive this one
     sys.exit(main())

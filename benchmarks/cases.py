@@ -93,12 +93,13 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Network:
-    """A converted GhostNet (rtl.models) on images of 32×32 pixels, one batch that mixes all tickets."""
+    """A converted GhostNet (rtl.models) on images of size × size pixels, one batch that mixes all tickets."""
 
     name: str
     batch_norm: str
     batch: int = 320
     tickets: int = 10
+    size: int = 32
 
 
 NETWORK_SPARSITIES = (0.5, 0.75)

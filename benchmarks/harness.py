@@ -64,5 +64,3 @@ def measure(
         contenders={name: dataclasses.asdict(timing) for name, timing in robin.timings().items()},
         skipped={**skipped, **robin.skipped},
     )
-
-

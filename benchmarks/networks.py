@@ -26,14 +26,14 @@ LEARNING_RATE = 1e-4
 
 
 class Problem:
-    """A network with random masks, images (B, 3, 32, 32), their labels and tickets."""
+    """A network with random masks, images (B, 3, size, size), their labels and tickets."""
 
     def __init__(self, network: Network, sparsity: float, training: bool, seed: int = 0) -> None:
         self.network, self.training = network, training
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.dense = ghostnet(num_classes=10)
-            self.x = torch.randn(network.batch, 3, 32, 32)
+            self.x = torch.randn(network.batch, 3, network.size, network.size)
             self.labels = torch.randint(10, (network.batch,))
             self.index = torch.randint(network.tickets, (network.batch,))
             model = copy.deepcopy(self.dense)
@@ -49,8 +49,8 @@ class Problem:
                     module.running_mean.normal_(0, 0.1)
                     module.running_var.uniform_(0.5, 1.5)
         self.net = net
-        for model in (self.dense, self.net):
-            model.train(training)
+        self.dense.train(training)
+        self.net.train(training)
 
     def tickets(self, net: rk.nn.RoutedModel) -> list[nn.Module]:
         return [rk.nn.extract(net, k).train(self.training) for k in range(self.network.tickets)]
@@ -137,9 +137,9 @@ class Expected:
     """What a contender has to give: the dense network, or the converted one on the reference backend, in float64.
 
     Logits may be off by four times what the same network in float32 is off by (2-norms). A gradient jumps where an
-    activation lies within rounding of a ReLU's kink: dense PyTorch's own is off by 0.1 to 1 % of a parameter's norm. 5 %
-    are allowed, and 10⁻⁴ of the norm of all (a shift before a batch norm has gradient 0, and rounding); the gradient
-    through a wrong mask is off by most of itself.
+    activation lies within rounding of a ReLU's kink: dense PyTorch's own is off by 0.1 to 1 % of its norm. 5 % of a
+    parameter's are allowed, and 10⁻⁴ of that of all (a shift before a batch norm has gradient 0, and rounding); the
+    gradient through a wrong mask is off by most of itself.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -127,7 +127,10 @@ def roofline(rows: Sequence[Mapping[str, Any]], peaks: Mapping[str, Any]) -> Fig
             for seconds in found:
                 axis.plot(kept / moved, kept / seconds / 1e9, marker, color=colours(number), markersize=6)
         axis.plot([], [], "o", color=colours(number), label=name)
-    for label, marker in (("dense", "s"), *((f"ours, {s:.0%}", m) for s, m in zip(ROOFLINE_SPARSITIES, "ov"))):
+    for label, marker in (
+        ("dense", "s"),
+        *((f"ours, {s:.0%}", m) for s, m in zip(ROOFLINE_SPARSITIES, "ov", strict=True)),
+    ):
         axis.plot([], [], marker, color="#555555", label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")

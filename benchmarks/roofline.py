@@ -2,7 +2,7 @@
 
 peaks.cpp is compiled for this machine and called through ctypes: float32 multiply-adds on registers in many
 independent chains, and one pass after another of vector loads (each added to a sum) over a buffer that fits into half
-of a cache, or of four times the largest for main memory. The best of many repetitions counts, by the thread's CPU clock.
+of a cache, or of four times the largest for main memory. The best of many repetitions counts, by the thread's clock.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _rate(run: Callable[[int], object], seconds: float) -> float:
 
 
 def work(case: Case) -> tuple[int, int]:
-    """(operations, bytes) of a case's dense layer: multiplications and additions; input, weight and output once each."""
+    """(multiplications and additions, bytes of input, weight and output once each) of a case's dense layer."""
     x, weight = (torch.empty(shape, device="meta") for shape in ((case.batch, *case.x), case.weight))
     y = case.dense(x, weight, None, **case.options)
     return 2 * y.numel() * math.prod(case.weight[1:]), 4 * (x.numel() + weight.numel() + y.numel())

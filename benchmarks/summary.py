@@ -40,9 +40,9 @@ def summarise(reports: Iterable[Report], command: str, peaks: Mapping[str, Any] 
         peaks: what roofline.measure gave, or why there is nothing.
 
     Returns:
-        {"rows": [{"case", "sparsity", "threads", "contender", "mode", "ratio_to_dense", "low", "high", "seconds"}, ...],
-        "skipped": [{"case", "sparsity", "threads", "contender", "mode", "reason"}, ...], "command", "date",
-        "environment", "commit", "peaks"}; low and high are quartiles of the contender's times over dense's median.
+        {"rows": [{"case", "sparsity", "threads", "contender", "mode", "ratio_to_dense", "low", "high", "seconds"}],
+        "skipped": [{"case", "sparsity", "threads", "contender", "mode", "reason"}], "command", "date", "environment",
+        "commit", "peaks"}; low and high are quartiles of the contender's times over dense's median.
     """
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
@@ -129,9 +129,7 @@ def _line(rows: Sequence[Row], sparsities: Sequence[float], others: Sequence[str
         where = [
             f"{s:.0%}"
             for s in sparsities
-            if (name, s) in by
-            and ("ours", s) in by
-            and by[name, s]["ratio_to_dense"] < by["ours", s]["ratio_to_dense"]
+            if (name, s) in by and ("ours", s) in by and by[name, s]["ratio_to_dense"] < by["ours", s]["ratio_to_dense"]
         ]
         if where:
             faster.append(f"{name} at {', '.join(where)}")

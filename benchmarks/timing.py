@@ -21,7 +21,8 @@ BLOCK_SECONDS = 1e-4
 # 0.2 ms a call by a third).
 LEAD_IN_SECONDS = 1e-3
 FEWEST_ROUNDS = 5
-# Who is slower than this many times the first contender sits out rounds, but is timed in at least three.
+# Whose block takes more than this many times the first contender's, lead-in included, sits out rounds, but is timed in
+# at least three.
 FACTOR_OF_ROUNDS = 10
 FEWEST_BLOCKS = 3
 
@@ -73,10 +74,9 @@ class RoundRobin:
             self._runs[name], self._calls[name] = run, calls
             self._lead_in[name] = int(LEAD_IN_SECONDS / max(seconds, 1e-9))
             self._expected[name] = seconds * (calls + self._lead_in[name])
-        first = next(iter(self._expected.values()), 0.0)
+        first = next(iter(self._expected.values()), math.inf)
         self._every = {
-            name: max(1, round(seconds / (FACTOR_OF_ROUNDS * max(first, BLOCK_SECONDS))))
-            for name, seconds in self._expected.items()
+            name: max(1, round(seconds / (FACTOR_OF_ROUNDS * first))) for name, seconds in self._expected.items()
         }
         self._blocks: dict[str, list[float]] = {name: [] for name in self._runs}
         self._order = list(self._runs)

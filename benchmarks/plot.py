@@ -7,6 +7,7 @@ cases reach on one thread, under what one core can do at most (benchmarks/roofli
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,9 @@ def ratio_against_sparsity(rows: Sequence[Mapping[str, Any]], title: str) -> Fig
 
 def _ratio_axis(axis: Axes) -> None:
     axis.set_yscale("log")
+    axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100])
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.minorticks_off()
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set_xticks([0.25, 0.5, 0.75, 0.9])
     axis.grid(alpha=0.25)
@@ -106,10 +109,9 @@ def roofline(rows: Sequence[Mapping[str, Any]], peaks: Mapping[str, Any]) -> Fig
 
     figure, axis = plt.subplots(figsize=(8.5, 6), layout="constrained")
     intensity = np.logspace(-1, 3, 200)
-    for level, bandwidth in peaks["bandwidth"].items():
-        axis.plot(intensity, np.minimum(peaks["flops"], bandwidth * intensity) / 1e9, color="#999999", linewidth=1)
-        at = 0.13
-        axis.text(at, bandwidth * at / 1e9 * 1.08, f"{level} {bandwidth / 1e9:.0f} GB/s", fontsize=8, rotation=32)
+    for (level, bandwidth), style in zip(peaks["bandwidth"].items(), itertools.cycle(["-", "--", "-.", ":"])):
+        roof = np.minimum(peaks["flops"], bandwidth * intensity) / 1e9
+        axis.plot(intensity, roof, style, color="#777777", linewidth=1, label=f"{level}, {bandwidth / 1e9:.0f} GB/s")
     axis.text(1000, peaks["flops"] / 1e9 * 1.06, f"peak {peaks['flops'] / 1e9:.0f} GFLOP/s", fontsize=8, ha="right")
     colours = plt.get_cmap("tab10")
     for number, (name, case) in enumerate(CASES.items()):
@@ -131,7 +133,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], peaks: Mapping[str, Any]) -> Fig
         ("dense", "s"),
         *((f"ours, {s:.0%}", m) for s, m in zip(ROOFLINE_SPARSITIES, "ov", strict=True)),
     ):
-        axis.plot([], [], marker, color="#555555", label=label)
+        axis.plot([], [], marker, color="#333333", label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(0.1, 1000)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import contenders, networks, roofline
-from benchmarks.cases import CASES, NETWORKS, SMALL
+from benchmarks.cases import CASES, NETWORK_SPARSITIES, NETWORKS, SMALL, SMALL_SPARSITIES, SPARSITIES
 from benchmarks.harness import MODES, Settings, environment
 from benchmarks.summary import show, summarise, write_results
 from rtl.errors import InputError
@@ -68,11 +68,19 @@ class Stage:
         return [sys.executable, "-m", "pytest", str(file), f"--rootdir={ROOT}", *options]
 
 
+def sparsities(case: str) -> tuple[float, ...]:
+    return SPARSITIES if case in CASES else SMALL_SPARSITIES if case in SMALL else NETWORK_SPARSITIES
+
+
 def stages(options: argparse.Namespace) -> Iterator[Stage]:
     """What there is to measure, in order. Raises InputError if that is nothing."""
     known = [name for name in SUITES if any(text in name for text in options.case)]
     if not known:
         raise InputError(f"case is {options.case}, but the cases are {'; '.join(SUITES)}")
+    if options.sparsity is not None:
+        known = [name for name in known if set(options.sparsity) & set(sparsities(name))]
+        if not known:
+            raise InputError(f"sparsity is {options.sparsity}, which none of the chosen cases is measured at")
     for threads in options.threads:
         settings = Settings(threads, options.contender and tuple(options.contender), options.seconds, options.limit)
         for mode in options.mode:

@@ -277,10 +277,15 @@ def test_everything_is_measured_unless_reduced():
     assert {stage.case for stage in reduced if stage.mode == "training"} == set(command.REDUCED_TRAINING)
 
 
+def test_cases_without_a_chosen_sparsity_are_left_out():
+    assert {stage.case for stage in command.stages(options("--sparsity", "0.25"))} == set(CASES)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--case", "nothing like it"], "case is ['nothing like it'], but the cases are"),
+        (["--sparsity", "0.3"], "sparsity is [0.3], which none"),
         (["--threads", "0"], "threads is 0"),
         (["--seconds", "-1"], "seconds is -1"),
     ],

@@ -8,6 +8,7 @@ Method: Stefański, Presta, Byra, arXiv 2601.22141.
 """
 
 from rtl import baselines, data, models, partition, tasks
+from rtl.collapse import CollapseWarning
 from rtl.diagnose import diagnose
 from rtl.errors import InputError
 from rtl.evaluate import evaluate
@@ -18,6 +19,7 @@ from rtl.run import Run
 from rtl.tickets import TicketMasks, TicketNetwork, Tickets
 
 __all__ = [
+    "CollapseWarning",
     "Fit",
     "InputError",
     "PrunePlan",

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0; 1 if a worker died; 2 for bad input; 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _dispatch(arguments)
     except InputError as error:
         print(f"rtl: {error}", file=sys.stderr)
         return 2
@@ -45,6 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         return 141
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings in one line, without the code that gave them; others as Python shows them."""
+    ours = category.__module__.startswith("rtl.")
+    text = f"rtl: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 class _Parser(argparse.ArgumentParser):

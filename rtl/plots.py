@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rtl.collapse import Alarm
+from rtl.curve import Curve, mean_to_others
 from rtl.diagnose import Similarity
 from rtl.report import NAMES, Row
 
@@ -49,21 +51,36 @@ def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> 
     return figure
 
 
-def similarity_against_sparsity(levels: Mapping[float, Similarity]) -> Figure:
-    """Every ticket's mean similarity to the others, and what independent masks of its density would have.
+def similarity_against_sparsity(curve: Curve, alarms: Sequence[Alarm] = ()) -> Figure:
+    """Every ticket's mean similarity to the others, between what masks of these sizes have by chance and at most.
 
-    Two independent masks that keep a fraction d of the weights have Jaccard d / (2 − d): density alone moves it.
+    Left over all prunable weights, with a cross where a ticket's collapse alarm was given; right the tickets' mean in
+    every layer, from the first (dark) to the last (light).
     """
-    figure, (axis,) = _figure(1, width=5.5)
-    x = sorted(levels)
-    names = levels[x[0]].names
-    for k, name in enumerate(names):
-        axis.plot(x, [float(levels[s].per_ticket[k]) for s in x], color=_colour(k, len(names)), marker=".", label=name)
-    chance = np.linspace(x[0], x[-1], 50)
-    axis.plot(chance, (1 - chance) / (1 + chance), color="#555555", linestyle=":", label="independent masks")
+    figure, (axis, depth) = _figure(2, width=5.2)
+    scores = mean_to_others(curve.jaccard())
+    for k, name in enumerate(curve.names):
+        colour = _colour(k, len(curve.names))
+        axis.plot(curve.sparsity[:, k], scores[:, k], color=colour, marker=".", markersize=3, label=name)
+        for alarm in alarms:
+            if alarm.ticket == name and alarm.layer is None:
+                at = float(curve.sparsity[alarm.round, k]), float(scores[alarm.round, k])
+                axis.plot(*at, color=colour, marker="x", markersize=9, markeredgewidth=2, linestyle="none")
+    sparsity = curve.sparsity.mean(1)
+    for label, baseline, line in (("identical", curve.identical(), "--"), ("independent", curve.independent(), ":")):
+        axis.plot(sparsity, mean_to_others(baseline).mean(1), color="#555555", linestyle=line, label=f"{label} masks")
     axis.set_title("mean mask similarity to the other tickets (Jaccard)", fontsize=10)
     axis.legend(fontsize=7, ncols=2)
-    _sparsity_axis(axis)
+    for number, layer in enumerate(curve.layers):
+        colour = _shade(number, len(curve.layers))
+        ends = number in (0, len(curve.layers) - 1)
+        values = mean_to_others(curve.jaccard(layer)).mean(1)
+        depth.plot(sparsity, values, color=colour, linewidth=1, label=layer if ends else None)
+    depth.set_title("mean over tickets, layer by layer", fontsize=10)
+    depth.legend(fontsize=7)
+    for each in (axis, depth):
+        each.set_ylim(-0.02, 1.02)
+        _sparsity_axis(each)
     return figure
 
 
@@ -121,3 +138,9 @@ def _colour(k: int, of: int) -> Any:
     import matplotlib
 
     return matplotlib.colormaps["tab10" if of <= 10 else "turbo"](k if of <= 10 else k / of)
+
+
+def _shade(number: int, of: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](0.9 * number / max(1, of - 1))

@@ -7,10 +7,13 @@ import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rtl.errors import InputError
 from rtl.run import write_atomically
+
+if TYPE_CHECKING:
+    from rtl.curve import Curve
 
 NAMES = {"rtl": "RTL", "imp_single": "IMP single", "imp_multiple": "IMP multiple", "dense": "dense"}
 
@@ -83,31 +86,54 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
     A folder that holds a table.json holds all of them.
     """
     from rtl import plots
+    from rtl.collapse import Alarm
+    from rtl.curve import Curve
     from rtl.diagnose import Similarity
 
     folder = Path(folder)
     figures = folder / "figures"
     shown = {"balanced_accuracy.threshold": "balanced accuracy, score ≥ ½", "accuracy": "accuracy, argmax"}
     plots.save(plots.metric_against_sparsity(table["rows"], shown), figures / "metric.png")
-    levels = {float(level): Similarity.from_json(s) for level, s in details.get("similarity", {}).items()}
-    if levels:
-        plots.save(plots.similarity_against_sparsity(levels), figures / "similarity.png")
-        for level, similarity in levels.items():
-            plots.save(plots.similarity_by_depth(similarity, level), figures / f"similarity-by-depth-{level:g}.png")
+    if "curve" in details:
+        curve, found = Curve.from_json(details["curve"]), [Alarm(**alarm) for alarm in details["alarms"]]
+        plots.save(plots.similarity_against_sparsity(curve, found), figures / "similarity.png")
+    for level, values in details.get("similarity", {}).items():
+        plots.save(
+            plots.similarity_by_depth(Similarity.from_json(values), float(level)),
+            figures / f"similarity-by-depth-{level}.png",
+        )
     write_atomically(folder / "table.md", markdown(summary(table["rows"])).encode())
     for name, content in (("details.json", details), ("table.json", table)):
         write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """table.json and details.json of a finished run. Raises InputError if they are not there."""
+    """table.json and details.json of a finished run. Raises InputError if they are not there.
+
+    Where the details hold no curve, it is that of the masks in `tickets/`, if there are any.
+    """
+    from rtl.collapse import alarms
+
     try:
         table, details = (json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("table", "details"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"run is {str(folder)!r}, which holds no finished results ({error}): finish `rtl run`"
         ) from error
+    if "curve" not in details:
+        curve = _curve_of_tickets(Path(folder) / "tickets")
+        if curve is not None:
+            details |= {"curve": curve.to_json(), "alarms": [alarm.to_json() for alarm in alarms(curve)]}
     return table, details
+
+
+def _curve_of_tickets(folder: Path) -> Curve | None:
+    from rtl.curve import Curve
+    from rtl.tickets import TicketNetwork
+
+    levels = sorted((path.parent for path in folder.glob("*/tickets.json")), key=lambda path: float(path.name))
+    nets = [TicketNetwork.from_pretrained(level) for level in levels]
+    return Curve.of(nets[0].names, [net.net.banks for net in nets]) if nets else None
 
 
 def write_into(document: Path, table: Mapping[str, Any]) -> None:

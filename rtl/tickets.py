@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import rtl_kernels as rk
+from rtl.collapse import Alarm
+from rtl.curve import Curve
 from rtl.errors import InputError
 from rtl.fit import masked_copy
 from rtl.run import write_atomically
@@ -57,6 +59,9 @@ class Tickets:
         prunable: prunable weights of the model.
         samples: training samples presented up to each sparsity, all tickets together.
         seconds: time taken up to each sparsity, summed over tickets (wall seconds of the process that ran each).
+        curve: what the tickets share after every round; None if their rounds are not known.
+        stopped: alarms of the tickets that `PrunePlan.stop_on_collapse` stopped, by name. Where a level is sparser than
+            their last good masks, it holds those.
     """
 
     names: tuple[str, ...]
@@ -64,6 +69,8 @@ class Tickets:
     prunable: int
     samples: Mapping[float, int]
     seconds: Mapping[float, float]
+    curve: Curve | None = None
+    stopped: Mapping[str, Alarm] = field(default_factory=dict)
 
     def at(self, sparsity: float) -> TicketMasks:
         """The tickets at a reported sparsity. Raises InputError, naming those there are, for another."""

@@ -52,6 +52,7 @@ class Classification:
             twice as many, so that all see equally many samples.
         retrain_epochs: likewise of joint retraining.
         batch_size, lr, schedule, batch_norm: as in `rtl.Fit`.
+        stop_on_collapse: as in `rtl.PrunePlan`.
     """
 
     recipe: str
@@ -69,6 +70,7 @@ class Classification:
     lr: float
     schedule: Literal["sequential", "mixed"] = "sequential"
     batch_norm: Literal["per_ticket", "shared"] = "per_ticket"
+    stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seeds", "methods", "sparsities"):
@@ -82,12 +84,13 @@ class Classification:
 
     @property
     def plan(self) -> PrunePlan:
-        return PrunePlan(self.remove, max(self.sparsities), self.sparsities)
+        return PrunePlan(self.remove, max(self.sparsities), self.sparsities, self.stop_on_collapse)
 
     def variant(self, method: Method) -> str:
         """What differs from the defaults in a method's training, as the results' "variant" says it."""
-        settings = {"rtl": ("schedule", "batch_norm"), "imp_multiple": ("batch_norm",)}.get(method, ())
-        defaults = {"schedule": "sequential", "batch_norm": "per_ticket"}
+        tickets = ("batch_norm", "stop_on_collapse")
+        settings = {"rtl": ("schedule", *tickets), "imp_multiple": tickets}.get(method, ())
+        defaults = {"schedule": "sequential", "batch_norm": "per_ticket", "stop_on_collapse": False}
         return ",".join(f"{name}={getattr(self, name)}" for name in settings if getattr(self, name) != defaults[name])
 
     def fit(self, method: Method, epochs: int) -> Fit:
@@ -171,8 +174,8 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     The first seed's networks of tickets are left in `tickets/SPARSITY`, as `TicketNetwork.from_pretrained` reads them.
 
     Returns:
-        The rows of table.json, and the details: "per_class" metrics of every row, and the "similarity" matrices of the
-        first seed's tickets by sparsity.
+        The rows of table.json, and the details: "per_class" metrics of every row; of the first seed's tickets the
+        "similarity" matrices by sparsity, the "curve" of overlaps over all rounds and its collapse "alarms".
 
     Raises:
         InputError: see `Run.configure` and the method's own functions.
@@ -226,7 +229,10 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     details: Details = names | {"per_class": per_class}
     first = next((job for job in jobs if job.method in ("rtl", "imp_multiple")), None)
     if first is not None:
-        details["similarity"] = {f"{level:g}": s.to_json() for level, s in diagnose(found[first]).items()}
+        diagnosis = diagnose(found[first])
+        details["similarity"] = {f"{level:g}": s.to_json() for level, s in diagnosis.items()}
+        details["curve"] = diagnosis.curve.to_json()
+        details["alarms"] = [alarm.to_json() for alarm in diagnosis.alarms]
     return rows, details
 
 

@@ -7,7 +7,8 @@
 Method: Stefański, Presta, Byra, arXiv 2601.22141.
 """
 
-from rtl import baselines, data, models, partition, tasks
+from rtl import baselines, data, models, partition, route, semantics, tasks
+from rtl.alignment import alignment
 from rtl.collapse import CollapseWarning
 from rtl.diagnose import diagnose
 from rtl.errors import InputError
@@ -27,6 +28,7 @@ __all__ = [
     "TicketMasks",
     "TicketNetwork",
     "Tickets",
+    "alignment",
     "baselines",
     "data",
     "diagnose",
@@ -35,5 +37,7 @@ __all__ = [
     "models",
     "partition",
     "retrain",
+    "route",
+    "semantics",
     "tasks",
 ]

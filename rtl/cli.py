@@ -1,4 +1,4 @@
-"""The command line: rtl ls | show RECIPE | run RECIPE | report RUN."""
+"""The command line: rtl ls | show RECIPE | run RECIPE | report RUN | predict RUN FILE."""
 
 import argparse
 import contextlib
@@ -21,6 +21,7 @@ _DESCRIPTION = """Tickets for the subsets of your data, over one set of shared w
   rtl show RECIPE       print what a recipe does and its settings
   rtl run RECIPE        run it, or resume it; every setting is an option (rtl run RECIPE --help)
   rtl report RUN        print a finished run's table and draw its figures again
+  rtl predict RUN FILE  route files to tickets and let them answer
 
 example: rtl run digits --seeds 0 1 --out runs/two-seeds
 """
@@ -73,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog="rtl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ls | show | run | report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls | show | run | report | predict")
     commands.add_parser("ls", help="list recipes and runs", epilog="example: rtl ls")
     show = commands.add_parser("show", help="print a recipe", epilog="example: rtl show cifar10 --protocol paper")
     show.add_argument("recipe")
@@ -84,6 +85,22 @@ def _dispatch(arguments: list[str]) -> int:
     report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     report.add_argument("--to", type=Path, metavar="DIR", help="write table, figures, tickets there (default: RUN)")
     report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
+    predict = commands.add_parser(
+        "predict",
+        help="route files to tickets and let them answer",
+        epilog="example: rtl predict runs/digits seven.png more.npy --by centroid",
+    )
+    predict.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="picture, or .npy of a sample or several")
+    predict.add_argument("--sparsity", type=float, help="which of the run's tickets (default: the least sparse)")
+    predict.add_argument(
+        "--by",
+        default="confidence",
+        metavar="ROUTER",
+        help="confidence (default), centroid, or a ticket's name: the context of all files",
+    )
+    predict.add_argument("--resize", action="store_true", help="bring pictures to the size of the run's samples")
+    predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
     # The options of `run` are the recipe's own settings, which only the recipe knows.
     own, rest = (arguments[:2], arguments[2:]) if arguments[:1] == ["run"] else (arguments, [])
     if own[:1] == ["run"] and (len(own) == 1 or own[1].startswith("-")):
@@ -95,6 +112,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _show(options.recipe, options.protocol)
     if options.command == "report":
         return _report(options.run, options.to, options.into)
+    if options.command == "predict":
+        return _predict(options)
     return _run(options.recipe, rest)
 
 
@@ -227,6 +246,25 @@ def _report(folder: Path, to: Path | None, into: Path | None) -> int:
     print(json.dumps(table["environment"]))
     _print_table(table["rows"])
     print(f"written to {to or folder}")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rtl.predict import predict
+
+    rows = predict(options.run, options.files, options.sparsity, options.by, options.resize)
+    if options.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return 0
+    table = Table()
+    for heading in ("sample", "ticket", "probability", "answer", "score"):
+        table.add_column(heading, justify="right" if heading in ("probability", "score") else "left")
+    for row in rows:
+        table.add_row(row["sample"], row["ticket"], f"{row['probability']:.3f}", row["answer"], f"{row['score']:.3f}")
+    Console().print(table)
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rtl.alignment import Alignment
 from rtl.collapse import Alarm
 from rtl.curve import Curve, mean_to_others
 from rtl.diagnose import Similarity
@@ -101,6 +102,53 @@ def similarity_by_depth(level: Similarity, sparsity: float, panels: int = 4) -> 
     figure.suptitle(f"mask similarity (Jaccard) at {sparsity:.0%} sparsity, from shallow to deep", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, pad=0.01)
     return figure
+
+
+def semantic_alignment(curve: Curve, found: Alignment) -> Figure:
+    """The paper's Fig. 3 from one run's masks: meaning, the masks of the first and last layer, and both over depth.
+
+    Matrices are those of the sparsest stage, which the last two panels' darkest line is too. There, similarity is a
+    mean over tickets; a filled marker is a correlation with p < 0.05.
+    """
+    stages = np.unique(np.linspace(0, len(found.sparsity) - 1, min(4, len(found.sparsity))).round().astype(int))
+    figure, axes = _figure(5, width=3.1, height=3.4)
+    shown = {
+        "similarity in meaning": found.semantic,
+        f"masks of {curve.layers[0]}": curve.jaccard(curve.layers[0])[-1],
+        f"masks of {curve.layers[-1]}": curve.jaccard(curve.layers[-1])[-1],
+    }
+    off = ~np.eye(len(found.names), dtype=bool)
+    for axis, (title, matrix) in zip(axes, shown.items(), strict=False):
+        values = np.where(off, matrix.numpy(), np.nan)
+        image = axis.imshow(values, cmap="viridis", vmin=np.nanmin(values), vmax=max(np.nanmax(values), 1e-3))
+        figure.colorbar(image, ax=axis, shrink=0.6, pad=0.02)
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(found.names)), found.names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(found.names)), found.names if axis is axes[0] else [], fontsize=7)
+    depth = np.arange(1, len(found.layers) + 1)
+    for shade, stage in enumerate(stages):
+        colour, label = _shade(len(stages) - 1 - shade, len(stages)), f"{found.sparsity[stage]:.0%}"
+        sharing = [
+            float(mean_to_others(curve.jaccard(layer)[_round(curve, found, stage)]).mean()) for layer in found.layers
+        ]
+        axes[3].plot(depth, sharing, color=colour, marker=".", linewidth=1, label=label)
+        rho, significant = found.rho[stage, 1:].numpy(), found.p_value[stage, 1:].numpy() < 0.05
+        axes[4].plot(depth, rho, color=colour, linewidth=1, label=label)
+        axes[4].plot(depth, rho, color=colour, marker="o", markersize=4, linestyle="none", fillstyle="none")
+        axes[4].plot(depth[significant], rho[significant], color=colour, marker="o", markersize=4, linestyle="none")
+    axes[4].axhline(0, color="#555555", linewidth=0.8)
+    axes[3].set_title("mask similarity over depth", fontsize=9)
+    axes[4].set_title("Spearman's ρ with meaning", fontsize=9)
+    for axis in axes[3:]:
+        axis.set_xlabel("prunable layer, from the first")
+        axis.grid(alpha=0.25)
+    axes[3].legend(title="sparsity", fontsize=7, title_fontsize=7)
+    return figure
+
+
+def _round(curve: Curve, found: Alignment, stage: int) -> int:
+    """The curve's round that a stage of an alignment was taken at."""
+    return int((curve.sparsity.mean(1) - found.sparsity[stage]).abs().argmin())
 
 
 def save(figure: Figure, file: Path) -> None:

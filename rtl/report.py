@@ -13,6 +13,8 @@ from rtl.errors import InputError
 from rtl.run import write_atomically
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rtl.curve import Curve
 
 NAMES = {"rtl": "RTL", "imp_single": "IMP single", "imp_multiple": "IMP multiple", "dense": "dense"}
@@ -86,6 +88,7 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
     A folder that holds a table.json holds all of them.
     """
     from rtl import plots
+    from rtl.alignment import Alignment
     from rtl.collapse import Alarm
     from rtl.curve import Curve
     from rtl.diagnose import Similarity
@@ -97,6 +100,9 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
     if "curve" in details:
         curve, found = Curve.from_json(details["curve"]), [Alarm(**alarm) for alarm in details["alarms"]]
         plots.save(plots.similarity_against_sparsity(curve, found), figures / "similarity.png")
+        if "alignment" in details:
+            aligned = Alignment.from_json(details["alignment"])
+            plots.save(plots.semantic_alignment(curve, aligned), figures / "alignment.png")
     for level, values in details.get("similarity", {}).items():
         plots.save(
             plots.similarity_by_depth(Similarity.from_json(values), float(level)),
@@ -112,8 +118,6 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Where the details hold no curve, it is that of the masks in `tickets/`, if there are any.
     """
-    from rtl.collapse import alarms
-
     try:
         table, details = (json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("table", "details"))
     except (OSError, ValueError) as error:
@@ -123,8 +127,27 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if "curve" not in details:
         curve = _curve_of_tickets(Path(folder) / "tickets")
         if curve is not None:
-            details |= {"curve": curve.to_json(), "alarms": [alarm.to_json() for alarm in alarms(curve)]}
+            details |= insights(curve)
     return table, details
+
+
+def insights(curve: Curve, semantic: Tensor | None = None) -> dict[str, Any]:
+    """What details.json says of the masks' similarity: the "curve", its "alarms", and its "alignment" with meaning.
+
+    Args:
+        curve: of one seed's tickets.
+        semantic: (K, K); None: the package's table, where it knows the tickets' names, else there is no alignment.
+    """
+    from rtl import semantics
+    from rtl.alignment import alignment
+    from rtl.collapse import alarms
+
+    found: dict[str, Any] = {"curve": curve.to_json(), "alarms": [alarm.to_json() for alarm in alarms(curve)]}
+    if semantic is None:
+        semantic = semantics.known(curve.names)
+    if semantic is not None and len(curve.names) > 2:
+        found["alignment"] = alignment(curve, semantic).to_json()
+    return found
 
 
 def _curve_of_tickets(folder: Path) -> Curve | None:

@@ -127,11 +127,11 @@ class TicketNetwork(nn.Module):
             InputError: an unknown ticket, or a number of tickets other than B.
         """
         if isinstance(ticket, str | int):
-            index = torch.full((len(x),), self._position(ticket), device=x.device)
+            index = torch.full((len(x),), self.position(ticket), device=x.device)
         elif isinstance(ticket, Tensor):
             index = ticket
         else:
-            index = torch.tensor([self._position(t) for t in ticket], dtype=torch.int64, device=x.device)
+            index = torch.tensor([self.position(t) for t in ticket], dtype=torch.int64, device=x.device)
         if len(index) != len(x):
             raise InputError(f"ticket names {len(index)} tickets, but x holds {len(x)} samples")
         return self.net(x, index)
@@ -142,7 +142,7 @@ class TicketNetwork(nn.Module):
 
     def export(self, ticket: Ticket) -> nn.Module:
         """One ticket as a plain dense module, its weights the ticket's bit for bit."""
-        return rk.nn.extract(self.net, self._position(ticket))
+        return rk.nn.extract(self.net, self.position(ticket))
 
     @property
     def params(self) -> int:
@@ -215,7 +215,8 @@ class TicketNetwork(nn.Module):
         fields = (description[key] for key in ("names", "outputs", "task", "sparsity", "samples", "seconds"))
         return cls(net, *fields)
 
-    def _position(self, ticket: Ticket) -> int:
+    def position(self, ticket: Ticket) -> int:
+        """The number of a ticket, 0..K-1, by its name or number. Raises InputError for one that is not there."""
         if isinstance(ticket, str):
             return position(self.names, ticket)
         if not 0 <= ticket < len(self.names):

@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 import rtl.models
-from rtl import baselines
+from rtl import baselines, examples, route
 from rtl.data import Data, cifar10, data_root, digits
 from rtl.diagnose import diagnose, similarity
 from rtl.errors import InputError
-from rtl.evaluate import evaluate
+from rtl.evaluate import evaluate, ticket_scores
 from rtl.extract import Extraction, PrunePlan, extract_all
 from rtl.fit import Fit, masked_copy
 from rtl.partition import Partition, by_label, whole
+from rtl.predict import Inputs
+from rtl.report import insights
 from rtl.retrain import retrain
 from rtl.run import Artefact, Run
 from rtl.tasks import MultiClass, OneVsRest
@@ -154,6 +156,9 @@ class _Job:
     parts: Partition
     masks: TicketMasks
 
+    def key(self, stage: str) -> str:
+        return f"{stage}/{self.masks.sparsity:g}"
+
     def networks(self) -> list[TicketNetwork]:
         """Retrained, or loaded if they are; IMP multiple has one a ticket."""
         fit = self.config.fit(self.method, self.config.retrain_epochs)
@@ -175,7 +180,9 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
 
     Returns:
         The rows of table.json, and the details: "per_class" metrics of every row; of the first seed's tickets the
-        "similarity" matrices by sparsity, the "curve" of overlaps over all rounds and its collapse "alarms".
+        "similarity" matrices by sparsity, the "curve" of overlaps over all rounds and what
+        `rtl.report.insights` finds in it, and "examples" of right and wrong samples by sparsity; and of every seed the
+        "routing" of routers beside the oracle (`rtl.route.compare`).
 
     Raises:
         InputError: see `Run.configure` and the method's own functions.
@@ -219,7 +226,11 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     evaluations = run.map(work, range(len(jobs)), label="retrain and evaluate")
     for job in jobs:
         if job.method == "rtl" and job.run.seed == config.seeds[0]:
-            job.networks()[0].save_pretrained(run.path / "tickets" / f"{job.masks.sparsity:g}")
+            folder = run.path / "tickets" / f"{job.masks.sparsity:g}"
+            job.networks()[0].save_pretrained(folder)
+            Inputs.of(train).save(folder)
+            for router in _routers(job, test, job.networks()[0]):
+                router.save(folder)
     rows = [_row(job, found[job], done.info) for job, done in zip(jobs, evaluations, strict=True)]
     names = {"class_names": parts.names}
     per_class = [
@@ -231,8 +242,18 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     if first is not None:
         diagnosis = diagnose(found[first])
         details["similarity"] = {f"{level:g}": s.to_json() for level, s in diagnosis.items()}
-        details["curve"] = diagnosis.curve.to_json()
-        details["alarms"] = [alarm.to_json() for alarm in diagnosis.alarms]
+        details |= insights(diagnosis.curve)
+    routed = [job for job in jobs if job.method == "rtl"]
+    if routed:
+        found_by = {job: job.run.load(job.key("route")).info for job in routed}
+        details["routing"] = [
+            {"sparsity": job.masks.sparsity, "seed": job.run.seed, "router": router} | values
+            for job, info in found_by.items()
+            for router, values in info["routing"].items()
+        ]
+        details["examples"] = {
+            f"{j.masks.sparsity:g}": found_by[j]["examples"] for j in routed if j.run.seed == config.seeds[0]
+        }
     return rows, details
 
 
@@ -253,7 +274,23 @@ def _retrain_and_evaluate(jobs: Sequence[_Job], test: Data, _: Run, number: int)
             }
         )
 
-    return job.run.stage(f"evaluate/{job.masks.sparsity:g}", compute)
+    def route_and_pick() -> Artefact:
+        net, own = job.networks()[0], job.parts.apply(test)
+        routers = [route.by_confidence(net), route.by_centroid(net, job.parts)]
+        chosen = examples.pick(net.names, ticket_scores(net, test), route.numbers(net, own.index))
+        return Artefact(
+            info={"routing": route.compare(net, routers, own), "examples": examples.with_pictures(chosen, test)}
+        )
+
+    if job.method == "rtl":
+        job.run.stage(job.key("route"), route_and_pick)
+    return job.run.stage(job.key("evaluate"), compute)
+
+
+def _routers(job: _Job, test: Data, net: TicketNetwork) -> list[route.Router]:
+    """Routers to use with a network of tickets, calibrated on all of the test set, which no ticket was trained on."""
+    own = job.parts.apply(test)
+    return [r.calibrated(net, own) for r in (route.by_confidence(net), route.by_centroid(net, job.parts))]
 
 
 def _row(job: _Job, tickets: Tickets, evaluation: Mapping[str, Any]) -> Row:

@@ -50,7 +50,7 @@ def finished(folder):
 # Help and lists
 
 
-@pytest.mark.parametrize("command", ["", "ls", "show", "run", "run digits", "run cifar10", "report"])
+@pytest.mark.parametrize("command", ["", "ls", "show", "run", "run digits", "run cifar10", "report", "predict"])
 def test_help_has_an_example(capsys, command):
     code, out, err = call(capsys, *command.split(), "--help")
     assert code == 0
@@ -97,7 +97,7 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "required: ls | show | run | report"),
+        ("", "required: ls | show | run | report | predict"),
         ("bogus", "'bogus'"),
         ("ls extra", "unrecognized arguments: extra"),
         ("show", "required: recipe (rtl show --help"),
@@ -139,6 +139,9 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
         ("report file", "run is 'file', which holds no finished results"),
         ("report done --to file", "give another path"),
         ("report empty --bogus", "--bogus"),
+        ("predict", "required: RUN, FILE (rtl predict --help"),
+        ("predict done", "required: FILE"),
+        ("predict nowhere x.png", "run is 'nowhere', which holds no tickets: finish its `rtl run`"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_status_2_and_nothing_is_written(capsys, folder, command, message):

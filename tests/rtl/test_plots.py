@@ -8,6 +8,7 @@ import torch
 from test_report import row
 
 from rtl import plots
+from rtl.alignment import alignment
 from rtl.collapse import Alarm
 from rtl.curve import Curve
 from rtl.diagnose import Similarity
@@ -108,3 +109,23 @@ def test_equal_figures_are_equal_files_and_are_closed(tmp_path):
         plots.save(plots.metric_against_sparsity([row()], {"accuracy": "accuracy"}), tmp_path / f"{name}.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert plt.get_fignums() == []
+
+
+def test_alignment_shows_meaning_the_first_and_last_layers_masks_and_both_over_depth(tmp_path):
+    masks = curve(4, layers=3)
+    masks.overlaps["layer2"][1, 0, 1] = masks.overlaps["layer2"][1, 1, 0] = 5
+    meaning = torch.eye(4, dtype=torch.float64)
+    meaning[0, 2] = meaning[2, 0] = 0.5
+    found = alignment(masks, meaning)
+    figure = plots.semantic_alignment(masks, found)
+    titles = ["similarity in meaning", "masks of layer0", "masks of layer2", "mask similarity over depth"]
+    assert [axis.get_title() for axis in figure.axes[:5]] == [*titles, "Spearman's ρ with meaning"]
+    assert float(figure.axes[0].get_images()[0].get_array()[0, 2]) == 0.5
+    assert float(figure.axes[2].get_images()[0].get_array()[0, 1]) == pytest.approx(5 / 45)
+    sharing, rho = lines(figure.axes[3])["75%"], lines(figure.axes[4])["75%"]
+    assert list(sharing.get_xdata()) == [1, 2, 3]
+    assert sharing.get_ydata()[0] == pytest.approx(20 / 30)
+    assert sharing.get_ydata()[2] == pytest.approx((5 * 20 / 30 + 5 / 45) / 6)
+    assert list(rho.get_ydata()) == pytest.approx(found.rho[1, 1:].tolist(), nan_ok=True)
+    plots.save(figure, tmp_path / "alignment.png")
+    assert (tmp_path / "alignment.png").stat().st_size > 5000

@@ -1,4 +1,4 @@
-"""The command line: rtl ls | show RECIPE | run RECIPE | report RUN | predict RUN FILE."""
+"""The command line: rtl ls | show RECIPE | run RECIPE | watch RUN | report RUN... | predict RUN FILE..."""
 
 import argparse
 import contextlib
@@ -20,7 +20,8 @@ _DESCRIPTION = """Tickets for the subsets of your data, over one set of shared w
   rtl ls                list the recipes and the runs in ./runs
   rtl show RECIPE       print what a recipe does and its settings
   rtl run RECIPE        run it, or resume it; every setting is an option (rtl run RECIPE --help)
-  rtl report RUN        print a finished run's table and draw its figures again
+  rtl watch RUN         follow a run from another terminal
+  rtl report RUN [RUN]  print finished runs' tables, write report.html: a page to look at, runs side by side
   rtl predict RUN FILE  route files to tickets and let them answer
 
 example: rtl run digits --seeds 0 1 --out runs/two-seeds
@@ -74,17 +75,43 @@ class _Parser(argparse.ArgumentParser):
 
 def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog="rtl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ls | show | run | report | predict")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="ls | show | run | watch | report | predict"
+    )
     commands.add_parser("ls", help="list recipes and runs", epilog="example: rtl ls")
     show = commands.add_parser("show", help="print a recipe", epilog="example: rtl show cifar10 --protocol paper")
     show.add_argument("recipe")
     show.add_argument("--protocol", help="which of the recipe's protocols (default: its first)")
     run = commands.add_parser("run", help="run or resume a recipe", add_help=False)
     run.add_argument("recipe", nargs="?")
-    report = commands.add_parser("report", help="print a run's table", epilog="example: rtl report runs/digits")
-    report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    report.add_argument("--to", type=Path, metavar="DIR", help="write table, figures, tickets there (default: RUN)")
-    report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
+    report = commands.add_parser(
+        "report",
+        help="print runs' tables and write report.html",
+        description="Print each run's table, draw its figures again, and write one page about all, report.html.",
+        epilog="example: rtl report runs/digits runs/mine --to runs/both",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
+    report.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="write there: of one run everything to keep (table, figures, page, tickets); of several the page "
+        "(default: the first RUN)",
+    )
+    report.add_argument(
+        "--into", type=Path, metavar="FILE", help="put the tables between their marks in a Markdown file"
+    )
+    report.add_argument(
+        "--semantics",
+        type=Path,
+        metavar="PATH",
+        help="meaning of the tickets' names, to set sharing against: a WordNet folder, or JSON with names and a matrix "
+        "or an embedding (default: WordNet for CIFAR-10's classes)",
+    )
+    watch = commands.add_parser("watch", help="follow a run", epilog="example: rtl watch runs/digits")
+    watch.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: 5)")
+    watch.add_argument("--once", action="store_true", help="look once")
     predict = commands.add_parser(
         "predict",
         help="route files to tickets and let them answer",
@@ -111,7 +138,11 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command == "show":
         return _show(options.recipe, options.protocol)
     if options.command == "report":
-        return _report(options.run, options.to, options.into)
+        return _report(options.runs, options.to, options.into, options.semantics)
+    if options.command == "watch":
+        from rtl.watch import watch as follow
+
+        return follow(options.run, options.every, options.once)
     if options.command == "predict":
         return _predict(options)
     return _run(options.recipe, rest)
@@ -156,6 +187,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         raise InputError(f"no recipe is given, expected one of {', '.join(RECIPES)}: for example rtl run digits")
     import tyro
 
+    from rtl.page import write_page
     from rtl.recipes.classification import Classification, load, run_classification
     from rtl.report import environment, write_results
     from rtl.run import Run
@@ -203,8 +235,9 @@ def _run(name: str | None, arguments: list[str]) -> int:
             "rows": rows,
         }
         write_results(out, table, details)
+        write_page([out], out / "report.html")
     _print_table(rows)
-    print(f"table, figures and every stage: {out}")
+    print(f"table, figures and every stage: {out}\nto look at: {out / 'report.html'}")
     return 0
 
 
@@ -231,22 +264,37 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _report(folder: Path, to: Path | None, into: Path | None) -> int:
-    from rtl.report import read_results, write_into, write_results
+def _report(folders: Sequence[Path], to: Path | None, into: Path | None, semantics: Path | None) -> int:
+    from rtl.page import write_page
+    from rtl.report import read_results, with_semantics, write_into, write_results
+
+    found = [read_results(folder) for folder in folders]
+    if semantics is not None:
+        found = [(table, with_semantics(details, semantics)) for table, details in found]
+    alone = to if to is not None and len(folders) == 1 else None
+    for folder, (table, details) in zip(folders, found, strict=True):
+        if alone is not None:
+            _copy(folder, alone)
+        write_results(alone or folder, table, details)
+        if into is not None:
+            write_into(into, table)
+        print(table["command"])
+        print(json.dumps(table["environment"]))
+        _print_table(table["rows"])
+    page = (to or folders[0]) / "report.html"
+    write_page([alone] if alone is not None else folders, page)
+    print(f"written: {page}{'' if len(folders) > 1 else ', with table and figures beside it'}")
+    return 0
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """What a report is made from, besides the results, to another folder."""
     from rtl.run import write_atomically
 
-    table, details = read_results(folder)
-    write_results(to or folder, table, details)
-    if to is not None:
-        for file in [folder / "config.json", *sorted((folder / "tickets").glob("*/*"))]:
+    kept = [folder / "config.json", *sorted((folder / "tickets").glob("*/*")), *sorted((folder / "media").rglob("*"))]
+    for file in kept:
+        if file.is_file():
             write_atomically(to / file.relative_to(folder), file.read_bytes())
-    if into is not None:
-        write_into(into, table)
-    print(table["command"])
-    print(json.dumps(table["environment"]))
-    _print_table(table["rows"])
-    print(f"written to {to or folder}")
-    return 0
 
 
 def _predict(options: argparse.Namespace) -> int:

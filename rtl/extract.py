@@ -151,6 +151,8 @@ class Extraction:
                 "batched": batched,
             }
         )
+        if not self.run.done("about"):  # for whoever follows the run from outside
+            self.run.save("about", Artefact(info={"prunable": self.prunable, "rounds": self.rounds}))
 
     def key(self, ticket: int, number: int) -> str:
         """Where round `number` of a ticket is kept."""

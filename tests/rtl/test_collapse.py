@@ -199,7 +199,7 @@ def test_real_masks_of_the_digits_warn_of_the_spike_that_begins_at_97_percent():
     for alarm in found:
         assert alarm.direction == "spike"
         assert 0.96 < alarm.good_sparsity < 0.98
-        assert 0.979 < alarm.sparsity < 0.99
+        assert 0.97 < alarm.sparsity < 0.99
 
 
 def test_real_masks_that_have_not_turned_do_not_warn():

@@ -205,6 +205,8 @@ def _run(name: str | None, arguments: list[str]) -> int:
         """Data root (default: the environment variable RTL_DATA)."""
         workers: int | None = None
         """Worker processes (default: one a core)."""
+        tensorboard: bool = False
+        """Also write curves and pictures for TensorBoard to OUT/tensorboard (needs 'rtl-kernels[tensorboard]')."""
 
     # The protocol chooses the settings that the other options then change.
     base = recipe(name, protocol)
@@ -226,8 +228,8 @@ def _run(name: str | None, arguments: list[str]) -> int:
     out = options.out or Path("runs") / (name if config.protocol == first else f"{name}-{config.protocol}")
     run = Run(out, workers=options.workers)
     data = load(config, options.data)
-    with run.lock():
-        rows, details = run_classification(config, run, *data)
+    with run.lock(), _board(out / "tensorboard" if options.tensorboard else None) as board:
+        rows, details = run_classification(config, run, *data, board)
         table: dict[str, Any] = {
             "recipe": name,
             "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
@@ -239,6 +241,12 @@ def _run(name: str | None, arguments: list[str]) -> int:
     _print_table(rows)
     print(f"table, figures and every stage: {out}\nto look at: {out / 'report.html'}")
     return 0
+
+
+def _board(folder: Path | None) -> contextlib.AbstractContextManager[Any]:
+    from rtl.tensorboard import Board
+
+    return contextlib.nullcontext() if folder is None else Board(folder)
 
 
 def _one_line(message: str) -> str:
@@ -253,6 +261,8 @@ def _what(arguments: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--out", "--data", "--workers"):
         parser.add_argument(option)
+    for option in ("--tensorboard", "--no-tensorboard"):
+        parser.add_argument(option, action="store_true")
     return parser.parse_known_args(list(arguments))[1]
 
 

@@ -277,7 +277,7 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
                     for index in split(order, fit.batch_size):
                         loss = float(step(net, optimizer, fit.task, parts, [(0, ticket, index)]))
                     samples += len(order)
-                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
+                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
                 weights = {layer: module.weight.detach() for layer, module in net.masked_modules().items()}
                 masks = prune(weights, {layer: bank.dense(0) for layer, bank in net.banks.items()}, keep)
                 return _artefact(masks, keep, samples, loss, time.perf_counter() - began)
@@ -313,7 +313,7 @@ def _extract_batched(extraction: Extraction) -> None:
                     for batch in _side_by_side(parts, {k: split(o, fit.batch_size) for k, o in orders.items()}):
                         loss = float(step(net, optimizer, fit.task, parts, batch))
                     samples = {k: samples[k] + len(order) for k, order in orders.items()}
-                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
+                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
             seconds = (time.perf_counter() - began) / len(going)
             for ticket in going:
                 weights = {layer: m.weight.detach()[ticket] for layer, m in net.masked_modules().items()}

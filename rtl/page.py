@@ -24,7 +24,7 @@ import torch
 
 import rtl_kernels as rk
 from rtl.alignment import Alignment
-from rtl.collapse import Alarm, verdicts
+from rtl.collapse import WARM_UP, Alarm, verdicts
 from rtl.curve import Curve, mean_to_others
 from rtl.report import NAMES, PAPER, columns, group_rows, read_results
 from rtl.run import write_atomically
@@ -247,9 +247,13 @@ def _by_method(rows: Sequence[Mapping[str, Any]], key: str) -> dict[tuple[str, s
 def _alarm_table(run: RunView) -> str:
     if run.curve is None or len(run.curve.names) < 2:
         return ""
-    performance = _performance(run)
+    if len(run.curve) < WARM_UP + 2:
+        return (
+            f"<p>{len(run.curve)} rounds are known, too few for a collapse alarm: it learns from {WARM_UP} slopes.</p>"
+        )
     if not run.alarms:
         return "<p>No collapse alarm: similarity neither turned upwards nor fell faster than before.</p>"
+    performance = _performance(run)
     found = {v.ticket: v for v in verdicts(run.alarms, performance)} if performance else {}
     body = []
     for alarm in run.alarms:

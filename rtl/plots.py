@@ -118,13 +118,14 @@ def semantic_alignment(curve: Curve, found: Alignment) -> Figure:
         f"masks of {curve.layers[-1]}": curve.jaccard(curve.layers[-1])[-1],
     }
     off = ~np.eye(len(found.names), dtype=bool)
+    names = [name if len(name) <= 16 else name[:15] + "…" for name in found.names]  # longer ones leave axes no room
     for axis, (title, matrix) in zip(axes, shown.items(), strict=False):
         values = np.where(off, matrix.numpy(), np.nan)
         image = axis.imshow(values, cmap="viridis", vmin=np.nanmin(values), vmax=max(np.nanmax(values), 1e-3))
         figure.colorbar(image, ax=axis, shrink=0.6, pad=0.02)
         axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(len(found.names)), found.names, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(found.names)), found.names if axis is axes[0] else [], fontsize=7)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=7)
     depth = np.arange(1, len(found.layers) + 1)
     for shade, stage in enumerate(stages):
         colour, label = _shade(len(stages) - 1 - shade, len(stages)), f"{found.sparsity[stage]:.0%}"

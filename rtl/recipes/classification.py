@@ -28,6 +28,7 @@ from rtl.report import insights
 from rtl.retrain import retrain
 from rtl.run import Artefact, Run
 from rtl.tasks import MultiClass, OneVsRest
+from rtl.tensorboard import Board
 from rtl.tickets import TicketMasks, TicketNetwork, Tickets
 
 Method = Literal["rtl", "imp_single", "imp_multiple", "dense"]
@@ -168,13 +169,16 @@ class _Job:
         return [retrain(self.model, self.masks, self.parts, fit, self.run)]
 
 
-def run_classification(config: Classification, run: Run, train: Data, test: Data) -> tuple[list[Row], Details]:
+def run_classification(
+    config: Classification, run: Run, train: Data, test: Data, board: Board | None = None
+) -> tuple[list[Row], Details]:
     """Run the experiment, or resume it.
 
     Args:
         config: the recipe.
         run: its folder. Refused if it holds another configuration.
         train, test: what `load` gives.
+        board: gets curves and pictures on the way.
 
     The first seed's networks of tickets are left in `tickets/SPARSITY`, as `TicketNetwork.from_pretrained` reads them.
 
@@ -194,6 +198,8 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     runs = {seed: run.child(f"seed-{seed}", seed) for seed in config.seeds}
     models = {seed: new_model(config, train, one) for seed, one in runs.items()}
 
+    if board is not None:
+        run.progress.listen(board.event)
     extractions: dict[tuple[int, Method], Extraction] = {}
     for seed, one in runs.items():
         needed: dict[Method, Partition] = {}
@@ -207,6 +213,10 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
             )
     # The single model's chain of rounds is as long as ten tickets': first, so that no core waits for it at the end.
     extract_all(sorted(extractions.values(), key=lambda e: len(e.parts)), run)
+
+    if board is not None:
+        for extraction in extractions.values():
+            board.tickets(extraction.run.name, extraction.tickets())
 
     jobs: list[_Job] = []
     found: dict[_Job, Tickets] = {}
@@ -254,6 +264,8 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
         details["examples"] = {
             f"{j.masks.sparsity:g}": found_by[j]["examples"] for j in routed if j.run.seed == config.seeds[0]
         }
+    if board is not None:
+        board.results(rows, details)
     return rows, details
 
 

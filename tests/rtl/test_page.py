@@ -173,6 +173,13 @@ def test_a_run_with_little_shows_what_it_has(tmp_path):
     assert Outline(text).open == []
 
 
+def test_too_few_rounds_are_not_called_quiet(folder):
+    assert "2 rounds are known, too few" in page([RunView.read(RESULTS / "cifar10")])
+    view = RunView.read(folder)
+    silent = RunView(view.name, folder, view.table, {**view.details, "alarms": []})
+    assert "No collapse alarm" in page([silent])
+
+
 def test_weights_are_counted_by_how_many_tickets_keep_them(html):
     net = rtl.TicketNetwork.from_pretrained(RESULTS / "digits" / "tickets" / "0.9")
     kept = {layer: bank.to_dense().sum(0) for layer, bank in net.net.banks.items()}
@@ -318,7 +325,7 @@ def test_in_chromium_two_runs_fit_a_screen_and_print(tmp_path, folder):
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_it_needs_no_more_than_the_package(folder, tmp_path, monkeypatch):
+def test_it_needs_no_more_than_the_package(folder):
     """No plotting library is loaded for the page itself."""
     code = (
         f"import sys, pathlib; from rtl.page import RunView, page; run = RunView.read(pathlib.Path({str(folder)!r})); "

@@ -23,7 +23,7 @@ _EXACT = 7  # tickets
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """Correlations over R stages of extraction (its rounds, or its reported sparsities) and L layers.
+    """Correlations over R stages (rounds of extraction, or epochs within one) and L layers.
 
     Attributes:
         names: of the K tickets.
@@ -81,10 +81,11 @@ class Alignment:
 def alignment(
     curve: Curve, semantic: Tensor, stages: Sequence[int] | None = None, permutations: int = 10_000, seed: int = 0
 ) -> Alignment:
-    """Correlate mask similarity with similarity in meaning, by stage, sparsity and depth.
+    """Correlate mask similarity with similarity in meaning, by sparsity or stage of training, and depth.
 
     Args:
-        curve: what the tickets share (`rtl.diagnose(tickets).curve`).
+        curve: what the tickets share over sparsity (`rtl.diagnose(tickets).curve`), or over the epochs of one round
+            (`tickets.stages[0.5]`).
         semantic: float64 (K, K), symmetric, in the order of the curve's names: see `rtl.semantics`.
         stages: which rounds of the curve; None: all.
         permutations: drawn for the p-value, where not all are taken.

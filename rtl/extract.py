@@ -135,6 +135,7 @@ class Extraction:
         self.ones = net.banks
         self.prunable = sum(bank.shape.numel() for bank in self.ones.values())
         self.rounds = plan.rounds(self.prunable)
+        self.reported = {kept_at(self.prunable, level) for level in plan.levels}
         # What the task refuses, it refuses before anything is written.
         epoch = {k: split(fit.task.draw(parts, k, torch.Generator()), fit.batch_size) for k in range(len(parts))}
         if batched:
@@ -206,7 +207,27 @@ class Extraction:
             samples[level] = sum(info["samples"] for info in spent)
             seconds[level] = sum(info["seconds"] for info in spent)
         curve = self.curve(histories) if self.rounds else None
-        return Tickets(self.parts.names, levels, self.prunable, samples, seconds, curve, stopped)
+        stages = {
+            level: found
+            for level in self.plan.levels
+            if (found := self.stages(kept_at(self.prunable, level), histories)) is not None
+        }
+        return Tickets(self.parts.names, levels, self.prunable, samples, seconds, curve, stages, stopped)
+
+    def stages(self, kept: int, histories: Sequence[Sequence[Artefact]]) -> Curve | None:
+        """What the tickets would share if they were pruned after each epoch of the round that leaves `kept` weights.
+
+        None where not all tickets have that round, or it was made before stages were kept.
+        """
+        number = self.rounds.index(kept) if kept in self.rounds else len(self.rounds)
+        if any(
+            len(own) <= number or "epoch-1/" + next(iter(self.ones)) not in own[number].tensors for own in histories
+        ):
+            return None
+        return Curve.of(
+            self.parts.names,
+            [self._banks([own[number] for own in histories], f"epoch-{e + 1}/") for e in range(self.fit.epochs)],
+        )
 
     def warn(self) -> None:
         """Give a CollapseWarning where the finished rounds' similarity calls for one."""
@@ -223,12 +244,13 @@ class Extraction:
                 stacklevel=3,
             )
 
-    def _banks(self, stages: Sequence[Artefact | None]) -> dict[str, rk.MaskBank]:
-        """One mask a ticket, by layer; None keeps everything."""
-        return {
-            layer: rk.MaskBank(torch.cat([one.words if s is None else s.tensors[layer] for s in stages]), one.shape)
-            for layer, one in self.ones.items()
-        }
+    def _banks(self, stages: Sequence[Artefact | None], of: str = "") -> dict[str, rk.MaskBank]:
+        """One mask a ticket, by layer; None keeps everything. `of`: which epoch's masks, with a slash behind."""
+        banks = {}
+        for layer, one in self.ones.items():
+            words = [one.words if stage is None else stage.tensors[of + layer] for stage in stages]
+            banks[layer] = rk.MaskBank(torch.cat(words), one.shape)
+        return banks
 
 
 def extract_all(extractions: Sequence[Extraction], run: Run) -> None:
@@ -268,7 +290,7 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
         for number in numbers:
 
             def one_round(number: int = number, keep: int = rounds[number]) -> Artefact:
-                began, samples, loss = time.perf_counter(), 0, 0.0
+                began, samples, loss, stages = time.perf_counter(), 0, 0.0, []
                 rewind(net, theta0)  # θ ← θ0
                 optimizer, generator = new_optimizer(net, fit), run.generator("extract", name, number)
                 net.train()
@@ -277,10 +299,10 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
                     for index in split(order, fit.batch_size):
                         loss = float(step(net, optimizer, fit.task, parts, [(0, ticket, index)]))
                     samples += len(order)
+                    if keep in extraction.reported:
+                        stages.append(pruned(net, 0, keep))
                     progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
-                weights = {layer: module.weight.detach() for layer, module in net.masked_modules().items()}
-                masks = prune(weights, {layer: bank.dense(0) for layer, bank in net.banks.items()}, keep)
-                return _artefact(masks, keep, samples, loss, time.perf_counter() - began)
+                return _artefact(pruned(net, 0, keep), stages, keep, samples, loss, time.perf_counter() - began)
 
             if run.done(extraction.key(ticket, number)):
                 progress.advance(fit.epochs)
@@ -305,6 +327,7 @@ def _extract_batched(extraction: Extraction) -> None:
             began, samples, loss = time.perf_counter(), dict.fromkeys(going, 0), 0.0
             rewind(net, theta0)
             optimizer = new_optimizer(net, fit)
+            stages: dict[int, list[Masks]] = {k: [] for k in going}
             generators = {k: run.generator("extract", parts.names[k], number) for k in going}
             net.train()
             with global_seed(run.seed_for("extract", number)):  # dropout's numbers do not depend on resuming
@@ -313,12 +336,13 @@ def _extract_batched(extraction: Extraction) -> None:
                     for batch in _side_by_side(parts, {k: split(o, fit.batch_size) for k, o in orders.items()}):
                         loss = float(step(net, optimizer, fit.task, parts, batch))
                     samples = {k: samples[k] + len(order) for k, order in orders.items()}
+                    if keep in extraction.reported:
+                        for k in going:
+                            stages[k].append(pruned(net, k, keep))
                     progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
             seconds = (time.perf_counter() - began) / len(going)
             for ticket in going:
-                weights = {layer: m.weight.detach()[ticket] for layer, m in net.masked_modules().items()}
-                masks = prune(weights, {layer: bank.dense(ticket) for layer, bank in net.banks.items()}, keep)
-                artefact = _artefact(masks, keep, samples[ticket], loss, seconds)
+                artefact = _artefact(pruned(net, ticket, keep), stages[ticket], keep, samples[ticket], loss, seconds)
                 run.save(extraction.key(ticket, number), artefact)
 
 
@@ -361,6 +385,17 @@ def prune(weights: Masks, masks: Masks, keep: int) -> Masks:
     return {layer: part.view(mask.shape) for (layer, mask), part in zip(masks.items(), parts, strict=True)}
 
 
-def _artefact(masks: Masks, kept: int, samples: int, loss: float, seconds: float) -> Artefact:
+def pruned(net: rk.nn.RoutedModel, ticket: int, keep: int) -> Masks:
+    """A ticket's masks if it were pruned to `keep` weights by the magnitudes it has now."""
+    weights = {
+        layer: module.weight.detach()[ticket] if module.untied else module.weight.detach()
+        for layer, module in net.masked_modules().items()
+    }
+    return prune(weights, {layer: bank.dense(ticket) for layer, bank in net.banks.items()}, keep)
+
+
+def _artefact(masks: Masks, stages: Sequence[Masks], kept: int, samples: int, loss: float, seconds: float) -> Artefact:
     words = {layer: rk.MaskBank.from_dense(mask[None]).words for layer, mask in masks.items()}
+    for number, stage in enumerate(stages, 1):  # what each epoch would have given
+        words |= {f"epoch-{number}/{layer}": rk.MaskBank.from_dense(mask[None]).words for layer, mask in stage.items()}
     return Artefact(words, {"kept": kept, "samples": samples, "loss": loss, "seconds": seconds})

@@ -343,7 +343,7 @@ def _tree(curve: Curve, number: int) -> str:
 
 
 def _layers(run: RunView) -> str:
-    blocks = []
+    blocks: list[str] = []
     for sparsity, banks in sorted(run.banks.items(), reverse=True):
         tickets = next(iter(banks.values())).num_masks
         if tickets < 2:
@@ -354,11 +354,11 @@ def _layers(run: RunView) -> str:
 
         total = torch.zeros(tickets + 1, dtype=torch.int64)
         body: list[list[Any]] = []
-        bars = []
+        bars: list[tuple[str, list[int]]] = []
         for layer, bank in banks.items():
-            counts = torch.bincount(bank.to_dense().sum(0).flatten(), minlength=tickets + 1)
-            total += counts
-            bars.append((layer, counts.tolist()))
+            shared = torch.bincount(bank.to_dense().sum(0).flatten(), minlength=tickets + 1)
+            total += shared
+            bars.append((layer, shared.tolist()))
         for layer, counts in [("all layers", total.tolist()), *bars]:
             weights = sum(counts)
             said = f"{layer}: of {weights:,} weights " + ", ".join(
@@ -416,9 +416,19 @@ def _meaning(run: RunView) -> str:
         [name, *((f"{v:.3f}", float(v)) for v in row)]
         for name, row in zip(found.names, found.semantic.tolist(), strict=True)
     ]
+    stages_table = ""
+    if run.details.get("stage_alignment"):
+        lines = []
+        for level, values in run.details["stage_alignment"].items():
+            one = Alignment.from_json(values)
+            for epoch in range(len(one.sparsity)):
+                cells = _plain(one.rho[epoch, 0]), _plain(one.p_value[epoch, 0]), _significant(one, epoch)
+                lines.append([percent(float(level)), (str(epoch + 1), epoch + 1), *cells])
+        caption = "by stage of training: had the tickets been pruned after each epoch of the round"
+        stages_table = table(["sparsity", "epoch", *head[1:]], lines, sortable=True, caption=caption)
     ways = f"{found.permutations:,} permutations of the tickets' names, two-sided, not corrected for many layers"
     return (
-        f'<div class="charts">{chart}<div>{table(head, body, caption=f"p-values of {ways}")}</div></div>'
+        f'<div class="charts">{chart}<div>{table(head, body, caption=f"p-values of {ways}")}{stages_table}</div></div>'
         "<details><summary>similarity in meaning</summary>"
         f"{table(['ticket', *found.names], meaning)}</details>"
     )
@@ -471,7 +481,7 @@ def _classes(run: RunView) -> str:
 def _examples(run: RunView) -> str:
     from rtl.examples import KINDS
 
-    blocks = []
+    blocks: list[str] = []
     for level, found in sorted(run.details.get("examples", {}).items(), key=lambda item: -float(item[0])):
         lines = []
         for ticket in dict.fromkeys(one["ticket"] for one in found):

@@ -201,11 +201,14 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return table, details
 
 
-def insights(curve: Curve, semantic: Tensor | None = None) -> dict[str, Any]:
+def insights(curve: Curve, semantic: Tensor | None = None, stages: Mapping[str, Curve] | None = None) -> dict[str, Any]:
     """What details.json says of the masks' similarity: the "curve", its "alarms", and its "alignment" with meaning.
+
+    With `stages`, these too, and their "stage_alignment", both by sparsity.
 
     Args:
         curve: of one seed's tickets.
+        stages: `Tickets.stages`, by sparsity as text.
         semantic: (K, K); None: the package's table, where it knows the tickets' names, else there is no alignment.
     """
     from rtl import semantics
@@ -217,6 +220,10 @@ def insights(curve: Curve, semantic: Tensor | None = None) -> dict[str, Any]:
         semantic = semantics.known(curve.names)
     if semantic is not None and len(curve.names) > 2:
         found["alignment"] = alignment(curve, semantic).to_json()
+        if stages:
+            found["stage_alignment"] = {level: alignment(one, semantic).to_json() for level, one in stages.items()}
+    if stages:
+        found["stages"] = {level: one.to_json() for level, one in stages.items()}
     return found
 
 
@@ -231,7 +238,8 @@ def with_semantics(details: Mapping[str, Any], source: Path) -> dict[str, Any]:
     if "curve" not in details or len(details["curve"]["names"]) < 3:
         raise InputError("semantics is given, but the run has no three tickets to compare: leave it out")
     curve = Curve.from_json(details["curve"])
-    return {**details, **insights(curve, semantics.read(source, curve.names))}
+    stages = {level: Curve.from_json(one) for level, one in details.get("stages", {}).items()}
+    return {**details, **insights(curve, semantics.read(source, curve.names), stages)}
 
 
 def _curve_of_tickets(folder: Path) -> Curve | None:

@@ -133,7 +133,7 @@ class Router:
             value.backward()
             return value
 
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(loss)
         scale = float(log_scale.detach().exp()) / spread
         return Router(self.method, self.names, scale, bias.detach(), self.centroids, self.features)
 

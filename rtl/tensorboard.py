@@ -36,7 +36,7 @@ class Board:
             raise InputError(
                 f"tensorboard is asked for, but not installed ({error}): pip install 'rtl-kernels[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder))
 
     def __enter__(self) -> Board:
         return self
@@ -44,7 +44,7 @@ class Board:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
     def event(self, event: Event) -> None:
         """What `Progress.listen` is given."""
@@ -78,19 +78,18 @@ class Board:
         for level, examples in details.get("examples", {}).items():
             for one in examples:
                 if "picture" in one:
-                    self._image(
-                        f"examples/{one['ticket']}/{one['kind']}", _decoded(one["picture"]), round(1000 * float(level))
-                    )
+                    tag = f"examples/{one['ticket']}/{one['kind']}"
+                    self._image(tag, _decoded(one["picture"]), round(1000 * float(level)))
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
-        self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+        self._writer.add_scalar(tag, value, step)
 
     def _image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        self._writer.add_image(tag, pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._writer.add_image(tag, pixels, step, dataformats="HWC")
 
 
 def heat(matrix: Tensor) -> np.ndarray:
-    """A similarity matrix (K, K) as a picture, uint8 (16 K, 16 K, 3): viridis over the range of other tickets' values."""
+    """A similarity matrix (K, K) as a picture, uint8 (16 K, 16 K, 3): viridis over the range off the diagonal."""
     import matplotlib
 
     off = ~torch.eye(len(matrix), dtype=torch.bool)

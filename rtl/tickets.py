@@ -60,6 +60,7 @@ class Tickets:
         samples: training samples presented up to each sparsity, all tickets together.
         seconds: time taken up to each sparsity, summed over tickets (wall seconds of the process that ran each).
         curve: what the tickets share after every round; None if their rounds are not known.
+        stages: by reported sparsity, what they would share had they been pruned after each epoch of its round.
         stopped: alarms of the tickets that `PrunePlan.stop_on_collapse` stopped, by name. Where a level is sparser than
             their last good masks, it holds those.
     """
@@ -70,6 +71,7 @@ class Tickets:
     samples: Mapping[float, int]
     seconds: Mapping[float, float]
     curve: Curve | None = None
+    stages: Mapping[float, Curve] = field(default_factory=dict)
     stopped: Mapping[str, Alarm] = field(default_factory=dict)
 
     def at(self, sparsity: float) -> TicketMasks:

@@ -252,7 +252,8 @@ def run_classification(
     if first is not None:
         diagnosis = diagnose(found[first])
         details["similarity"] = {f"{level:g}": s.to_json() for level, s in diagnosis.items()}
-        details |= insights(diagnosis.curve)
+        stages = {f"{level:g}": curve for level, curve in found[first].stages.items()}
+        details |= insights(diagnosis.curve, stages=stages)
     routed = [job for job in jobs if job.method == "rtl"]
     if routed:
         found_by = {job: job.run.load(job.key("route")).info for job in routed}

@@ -12,6 +12,7 @@ import torch
 from test_diagnose import jaccard, masks, sets
 from toys import blobs, flat_masks, mlp, quiet
 
+import rtl.run
 import rtl_kernels as rk
 from rtl.collapse import Alarm, CollapseWarning, Verdict, alarms, verdicts
 from rtl.curve import Curve, mean_to_others
@@ -357,3 +358,33 @@ def test_a_run_begun_before_the_setting_existed_goes_on(tmp_path):
     del content["plan"]["stop_on_collapse"]
     file.write_text(json.dumps(content))
     extract(mlp(), parts, PLAN, FIT, run)
+
+
+# Stages of training
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_each_epoch_of_a_reported_round_would_give_is_kept(tmp_path, batched):
+    parts, plan = by_label(blobs()), PrunePlan(0.3, 0.5, (0.3, 0.5))
+    longer = dataclasses.replace(FIT, epochs=3)
+    tickets = extract(mlp(), parts, plan, longer, quiet(tmp_path / "three"), batched=batched)
+    assert list(tickets.stages) == [0.3, 0.5]
+    for level, stages in tickets.stages.items():
+        assert len(stages) == 3
+        assert torch.equal(stages.jaccard()[-1], diagnose(tickets)[level].matrix)
+        assert torch.equal(stages.density(), stages.density()[:1].expand(3, 3))
+    # The first round starts at θ0 with all weights: its first epoch is that of a run of one epoch.
+    short = extract(mlp(), parts, PrunePlan(0.3, 0.3), FIT, quiet(tmp_path / "one"), batched=batched)
+    assert torch.equal(tickets.stages[0.3].jaccard()[0], diagnose(short)[0.3].matrix)
+
+
+def test_rounds_made_before_stages_were_kept_have_none(tmp_path):
+    parts = by_label(blobs())
+    run = quiet(tmp_path)
+    extract(mlp(), parts, PrunePlan(0.3, 0.3), FIT, run)
+    child = run.child("extract")
+    for name in parts.names:
+        old = child.load(f"{name}/round-000")
+        plain = {layer: words for layer, words in old.tensors.items() if "/" not in layer}
+        child.save(f"{name}/round-000", rtl.run.Artefact(plain, old.info))
+    assert extract(mlp(), parts, PrunePlan(0.3, 0.3), FIT, run).stages == {}

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
         "class_names": list(named.names),
         "per_class": per_class,
         "similarity": {},
-        **insights(named, meaning),
+        **insights(named, meaning, {"0.5": named}),
         "routing": [
             {"router": r, "sparsity": s, "seed": n, "routing": 0.9 + 0.01 * n, "accuracy": 0.8, "calibration": 0.02}
             for r in ("confidence", "oracle")
@@ -158,7 +158,16 @@ def test_every_part_is_there(html):
         "What was run",
     ]
     text = "".join(Outline(html).text)
-    for said in ("Collapse alarm", "identical masks", "independent masks", "paper: RTL", "two-fold", "oracle", "lr"):
+    for said in (
+        "Collapse alarm",
+        "identical masks",
+        "independent masks",
+        "paper: RTL",
+        "two-fold",
+        "oracle",
+        "lr",
+        "by stage of training",
+    ):
         assert said in text
     assert html.count("<audio") == 1
     assert f"{PAPER['cifar10']['rtl', 0.25]['balanced_accuracy.threshold']:.3f}" == "0.781"

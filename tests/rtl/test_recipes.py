@@ -281,7 +281,7 @@ def test_details_hold_the_first_seeds_curve_over_all_rounds(experiment):
 
 
 def test_details_hold_every_seeds_routing_and_the_first_seeds_examples(experiment):
-    run, train, test, found, details = experiment
+    run, _, test, _, details = experiment
     keys = {(one["seed"], one["sparsity"], one["router"]) for one in details["routing"]}
     assert keys == {(s, p, r) for s in SMALL.seeds for p in (0.3, 0.5) for r in ("oracle", "confidence", "centroid")}
     assert all(one["routing"] == 1 for one in details["routing"] if one["router"] == "oracle")

@@ -239,7 +239,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         write_results(out, table, details)
         write_page([out], out / "report.html")
     _print_table(rows)
-    print(f"table, figures and every stage: {out}\nto look at: {out / 'report.html'}")
+    print(f"to look at: {out / 'report.html'}\ntable, figures and every stage: {out}")
     return 0
 
 

@@ -256,9 +256,17 @@ def write_into(document: Path, table: Mapping[str, Any]) -> None:
 
     Raises InputError if the document has no such place.
     """
-    begin, end = f"<!-- table: {table['recipe']} -->\n", "<!-- end -->"
-    before, mark, after = document.read_text().partition(begin)
-    if not mark or end not in after:
+    replace_between(document, f"table: {table['recipe']}", markdown(summary(table["rows"])))
+
+
+def replace_between(document: Path, mark: str, text: str) -> None:
+    """Replace what stands between `<!-- MARK -->` and `<!-- end -->` in a document by whole lines of text.
+
+    Raises InputError if the document has no such place.
+    """
+    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
+    before, found, after = document.read_text().partition(begin)
+    if not found or end not in after:
         raise InputError(f"document is {str(document)!r}, which has no line {begin.strip()!r} with an {end!r} after it")
     after = after[after.index(end) :]
-    write_atomically(document, (before + begin + markdown(summary(table["rows"])) + after).encode())
+    write_atomically(document, (before + begin + text + after).encode())

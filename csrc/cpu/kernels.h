@@ -49,6 +49,10 @@ struct Multiply {
   int64_t x_segment;
   int64_t y_segment;
   bool stream;          // y goes past the caches: all of it is aligned to whole vectors, and there is one tile
+  // What is needed next: `ahead_lines` cache lines of each of some rows are fetched, a few with every block of rows, from
+  // line `ahead_from` to `ahead_to`, counted row by row.
+  const T* ahead;
+  int64_t ahead_row, ahead_lines, ahead_from, ahead_to;
 };
 
 // g[r, j] += Σ_c dy[r][c] · x[j][c] over kept (r, j).

@@ -159,6 +159,16 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
     const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / R) * 16;
     const uint16_t* index = m.kept.index + counts[0];
     const T* w = m.w + r0 * m.w_row + (Table ? 0 : start * m.w_stride);
+    if (m.ahead) {
+      const int64_t blocks = (m.rows + R - 1) / R, lines = m.ahead_to - m.ahead_from, block = r0 / R;
+      int64_t line = m.ahead_from + lines * block / blocks;
+      const int64_t end = m.ahead_from + lines * (block + 1) / blocks;
+      const char* row = reinterpret_cast<const char*>(m.ahead + line / m.ahead_lines * m.ahead_row);
+      for (int64_t at = line % m.ahead_lines; line < end; ++line) {
+        __builtin_prefetch(row + at * 64, 0, 2);
+        if (++at == m.ahead_lines) at = 0, row += m.ahead_row * int64_t(sizeof(T));
+      }
+    }
     Sums<T, R, V, H> sum[U];
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u)

@@ -89,6 +89,8 @@ struct DepthwiseArgs {
 int64_t tile_summary_words(int64_t masks, int64_t mask_rows, int64_t words_per_row);
 int tile_summary(const Route& route, uint32_t* summary, Stream stream);
 
+// Groups of at most kSmallRows rows · inner have kernels of their own, which need no summary.
+constexpr int kSmallRows = 16;
 int masked_linear(Type type, const LinearArgs& args, Stream stream);
 int masked_linear_grad_input(Type type, const LinearArgs& args, Stream stream);
 int masked_linear_grad_weight(Type type, const LinearArgs& args, Stream stream);

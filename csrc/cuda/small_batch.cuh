@@ -9,7 +9,6 @@
 
 namespace rtl {
 
-constexpr int kSmallRows = 16;
 constexpr int kSmallThreads = 256, kSmallWarps = kSmallThreads / kWarp;
 
 struct SmallArgs {

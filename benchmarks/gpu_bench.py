@@ -5,8 +5,8 @@ and its peers, timed by CUDA events with a cold L2 cache, medians of 30.
 
     dense       F.linear / F.conv2d with the shared weight, no masks: cuBLAS and cuDNN
     loop        each mask's samples through F.linear / F.conv2d with its masked weight, put back in their places
-    grouped_mm  torch's grouped product over samples already sorted, and K masked weights already made (linear, bfloat16,
-                sizes divisible by 8: what it takes)
+    grouped_mm  torch's grouped product over K masked weights made beforehand (linear, bfloat16, sizes divisible by 8:
+                what it takes)
 
 Before it is timed, a contender's output is compared with float64: `error` is its largest error over the largest output,
 and one above the bound of its dtype ends the run. (`python -m pytest -m gpu` is the thorough check of the numbers.)
@@ -32,14 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rtl_kernels as rk
+from benchmarks.gpu_roofline import FEW
 from rtl_kernels import functional
 from rtl_kernels.backends.triton_kernels.cases import LAYERS, VARIANTS, Layer
 from rtl_kernels.backends.triton_kernels.tune import device_times
 
 RESULTS = Path(__file__).parent / "results" / "gpu_measured.json"
 
-# A mask's few rows, where the weight is what has to be read.
-FEW = tuple(Layer(f"linear 2048→2048, {rows} a mask", 2048, 2048, 8 * rows) for rows in (1, 4, 16))
 CASES = (*LAYERS, *FEW, *(layer for layer in VARIANTS if not layer.every and not layer.untied))
 SPARSITIES = (0.5, 0.9)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
   const int width = int(kForward ? args.out_w : args.in_w);
   const int plane = int(kForward ? args.out_h * args.out_w : args.in_h * args.in_w);
   // Filters a channel of this block needs: its own, or those of all outputs it feeds, a round of them at a time.
-  const int64_t filters = kForward ? 1 : multiplier;
-  const int64_t rounds = kForward ? 1 : divide_up(multiplier, int64_t(launch.filters));
+  const int filters = kForward ? 1 : int(multiplier);
+  const int rounds = kForward ? 1 : divide_up(filters, launch.filters), stages = int(launch.passes) * rounds;
 
   const int64_t position_tiles = divide_up(plane, launch.positions);
   const int64_t channel_tiles = divide_up(all_channels, int64_t(launch.channels));
@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
     const int channel = item / positions, position = p0 + item % positions;
     const int h = position / width, w = position % width;
     float sum = 0.f;
-    for (int64_t stage = 0; stage < launch.passes * rounds; stage++) {
-      const int64_t pass = stage / rounds, f0 = stage % rounds * launch.filters;
+    for (int stage = 0; stage < stages; stage++) {
+      const int pass = stage / rounds, f0 = kForward ? 0 : stage % rounds * launch.filters;
       const int64_t g = tile.group + pass;
-      const int now = kForward ? 1 : int(smaller(launch.filters, multiplier - f0));
-      if (base == 0 || launch.passes * rounds > 1) {
+      const int now = kForward ? 1 : filters - f0 < launch.filters ? filters - f0 : launch.filters;
+      if (base == 0 || stages > 1) {
         if (base > 0 || stage > 0) RTL_PLANT(2, sync_block(), (void)0);
         const T* weight = group_weight<T>(args.weight, args.untied && !wrong, g, args.channels * multiplier * taps);
         for (int index = thread_index(); index < channels * now * taps; index += kDepthwiseThreads) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
       }
       if (!active) continue;
       const float* taps_of = filter + channel * now * taps;
-      const int64_t sample = sums ? pass * samples + source : source;
+      const int64_t sample = source + pass * samples;
       if constexpr (kForward) {
         const int64_t input = (c0 + channel) / multiplier;
         const T* from = x + offset_of(sample, args.x_strides.n) + offset_of(input, args.x_strides.c);
@@ -153,8 +153,9 @@ template <class T>
 __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_grad_weight(DepthwiseArgs args) {
   const Route& route = args.route;
   const int64_t outputs = args.channels * args.multiplier;
-  const int64_t o = block_index() % outputs, mask = block_index() / outputs;
-  const int64_t first = args.untied ? mask + 1 : 0, last = args.untied ? mask + 2 : route.masks + 1;
+  const int64_t o = block_index() % outputs;
+  const int mask = int(block_index() / outputs);
+  const int first = args.untied ? mask + 1 : 0, last = args.untied ? mask + 2 : int(route.masks) + 1;
   const int taps = args.y ? args.kernel_h * args.kernel_w : 0;  // none where only db is wanted
   const int width = int(args.out_w), plane = int(args.out_h * args.out_w);
   const int thread = thread_index();
@@ -164,27 +165,29 @@ __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_grad_weight(Depth
 
   for (int t0 = 0; t0 == 0 || t0 < taps; t0 += kTaps) {
     float total = 0.f;  // of tap t0 + thread, or db
-    for (int64_t g = first; g < last; g++) {
+    for (int g = first; g < last; g++) {
       const Span span = group_rows(route, g);
       if (span.count == 0) continue;
       float sum[kTapSums];
       RTL_UNROLL
       for (int t = 0; t < kTapSums; t++) sum[t] = 0.f;
       for (int64_t item = thread; item < span.count * plane; item += kDepthwiseThreads) {
-        const int64_t local = args.batch_inner ? item % span.count : item / plane;
-        const int position = int(args.batch_inner ? item / span.count : item % plane);
-        const int h = position / width, w = position % width;
-        const int64_t row = span.first + local;
-        if (sample_of(route, row) < 0) continue;
-        const int64_t target = args.transposed ? shared_sample_of(route, row) : sample_of(route, row);
-        const int64_t source = args.transposed ? sample_of(route, row) : shared_sample_of(route, row);
+        const int64_t major = item / (args.batch_inner ? span.count : plane);
+        const int64_t minor = item - major * (args.batch_inner ? span.count : plane);
+        const int64_t local = args.batch_inner ? minor : major;
+        const int position = int(args.batch_inner ? major : minor), h = position / width, w = position - h * width;
+        const int64_t row = span.first + local, own = sample_of(route, row);
+        if (own < 0) continue;
+        int64_t target = own, source = own;
+        if (route.repeat > 1) (args.transposed ? target : source) = row % (route.rows / route.repeat);
         const float value =
             to_float(dy[offset_of(target, args.dy_strides.n) + h * args.dy_strides.h + w * args.dy_strides.w]);
         const T* from = x + offset_of(source, args.x_strides.n);
         sum[kTaps] += value;
+        int i = t0 / args.kernel_w, j = t0 - i * args.kernel_w;
         RTL_UNROLL
-        for (int t = 0; t < kTaps; t++) {
-          const int i = (t0 + t) / args.kernel_w, j = (t0 + t) % args.kernel_w;
+        for (int t = 0; t < kTaps; t++, j++) {
+          if (j == args.kernel_w) i++, j = 0;
           const int ih = h * args.stride_h - args.pad_top + i * args.dilation_h;
           const int iw = w * args.stride_w - args.pad_left + j * args.dilation_w;
           if (t0 + t < taps && ih >= 0 && ih < args.in_h && iw >= 0 && iw < args.in_w)

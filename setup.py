@@ -78,6 +78,12 @@ def why_not_cuda() -> str | None:
     return reason
 
 
+def cuda_libraries(nvcc: str) -> list[str]:
+    """Where nvcc itself would link from; nvcc on PATH may be a script or a link that lies elsewhere."""
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "csrc/cuda/launch.cu"], capture_output=True, text=True, check=True)
+    return re.findall(r'"-L([^"]+)"', plan.stderr)
+
+
 def cuda_architectures() -> list[int]:
     """What RTL_KERNELS_CUDA_ARCHS lists, ascending."""
     text = os.environ.get("RTL_KERNELS_CUDA_ARCHS") or CUDA_ARCHITECTURES
@@ -123,13 +129,12 @@ def extension(cpu: bool, cuda: bool) -> dict:
         sources = {"csrc/registration.cpp", *glob("csrc/cpu/*.cpp")} - set(glob("csrc/cpu/level_*.cpp"))
         modules.append(module("_cpu", sorted(sources)))
     if cuda:
-        home = Path(find_nvcc() or "").resolve().parents[1]
         modules.append(
             module(
                 "_cuda",
                 ["csrc/registration_cuda.cpp"],
                 defines={"USE_CUDA": 1, "RTL_CUDA_ARCHITECTURES": f'"{",".join(map(str, cuda_architectures()))}"'},
-                library_dirs=[str(folder) for folder in (home / "lib64", home / "lib") if folder.is_dir()],
+                library_dirs=cuda_libraries(find_nvcc() or "nvcc"),
                 # CUDA's runtime is linked in; what torch's own CUDA library offers is found through libtorch.
                 extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-lrt", "-lpthread", "-ldl"],
             )

@@ -172,7 +172,12 @@ def _measure(problem: Problem, config: Config) -> float | None:
         for step in steps:  # the lists of live tiles are made by the first of them
             _run(step)
         timed = [step for step in steps if step.kernel == problem.kernel]
-        return statistics.median(device_times(lambda: [_run(step) for step in timed]))
+
+        def run() -> None:
+            for step in timed:
+                _run(step)
+
+        return statistics.median(device_times(run))
     except OutOfResources:
         return None
 

@@ -1,10 +1,10 @@
-# make setup | demo | test | lint | verify-gpu | bench-gpu: each sets up what it needs first, and is quick when run again.
+# make setup | demo | test | lint | bench | verify-gpu | bench-gpu: each sets up what it needs first, and is quick when run again.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint verify-gpu bench-gpu clean
+.PHONY: setup demo test lint bench verify-gpu bench-gpu clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Less than everything there is to measure, in less than ten minutes.
+bench: setup
+	$(BIN)/python -m benchmarks --reduced
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

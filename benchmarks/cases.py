@@ -1,7 +1,8 @@
 """The nine shapes every kernel is measured on: linear layers and convolutions as trained networks have them.
 
 Masks are independent and uniform, one mask index a sample, drawn uniformly. Ratios are of the whole public operator
-over `F.linear` / `F.conv2d` of the same batch with the dense weight.
+over `F.linear` / `F.conv2d` of the same batch with the dense weight. `SMALL` are calls so small that what is around the
+arithmetic decides; `NETWORKS` are whole models.
 """
 
 from __future__ import annotations
@@ -78,3 +79,34 @@ CASES = {
              {"padding": 1, "groups": 72}),
     )
 }  # fmt: skip
+
+SMALL_SPARSITIES = (0.5,)
+SMALL = {
+    case.name: case
+    for case in (
+        Case("linear 2, 8→8, K2", (8, 8), (8,), 2, 2),
+        Case("linear 8, 128→128, K4", (128, 128), (128,), 8, 4),
+        Case("linear 32, 128→128, K4", (128, 128), (128,), 32, 4),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A converted GhostNet (rtl.models) on images of size × size pixels, one batch that mixes all tickets."""
+
+    name: str
+    batch_norm: str
+    batch: int = 320
+    tickets: int = 10
+    size: int = 32
+
+
+NETWORK_SPARSITIES = (0.5, 0.75)
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network("GhostNet, B320, K10, batch norm shared", "shared"),
+        Network("GhostNet, B320, K10, batch norm per ticket", "per_ticket"),
+    )
+}

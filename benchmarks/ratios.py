@@ -1,4 +1,4 @@
-"""Ratio of the masked operators to dense PyTorch, contenders interleaved so that what disturbs one disturbs both.
+"""Ratio of the masked operators to dense PyTorch and nothing else, unchecked: what one wants while tuning a kernel.
 
 python -m benchmarks.ratios [--threads 1] [--only TEXT] [--train] [--seconds 2]
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.cases import ALLOCATOR, CASES, SPARSITIES, Case
@@ -21,23 +19,7 @@ if any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):  # rea
 import torch
 from torch import Tensor
 
-
-def interleaved(contenders: list[Callable[[], object]], seconds: float) -> list[tuple[float, float]]:
-    """Median and 10th percentile of each contender's time, in seconds.
-
-    One thread is timed by its own CPU clock, which stands still while another process has the core.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    for run in contenders:
-        run()
-    times: list[list[float]] = [[] for _ in contenders]
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(times[0]) < 5:
-        for run, own in zip(contenders, times, strict=True):
-            start = clock()
-            run()
-            own.append(clock() - start)
-    return [(statistics.median(t), sorted(t)[len(t) // 10]) for t in times]
+from benchmarks.timing import RoundRobin
 
 
 def contenders(case: Case, sparsities: Sequence[float], train: bool) -> list[Callable[[], object]]:
@@ -70,16 +52,20 @@ def main() -> None:
     print(
         f"{'case':55s} {'dense':>9s}  "
         + "  ".join(f"{s:>11.0%}" for s in args.sparsity)
-        + "   (median, 10th percentile)"
+        + "   (median, lower quartile)"
     )
     for case in CASES.values():
         if args.only not in case.name:
             continue
-        dense, *masked = interleaved(contenders(case, args.sparsity, args.train), args.seconds)
-        ratios.append([m[0] / dense[0] for m in masked])
+        runs = contenders(case, args.sparsity, args.train)
+        robin = RoundRobin({str(number): run for number, run in enumerate(runs)})
+        for _ in range(robin.rounds(args.seconds)):
+            robin.round()
+        dense, *masked = robin.timings().values()
+        ratios.append([m.median / dense.median for m in masked])
         print(
-            f"{case.name:55s} {dense[0] * 1e3:7.2f}ms  "
-            + "  ".join(f"{m[0] / dense[0]:5.2f} {m[1] / dense[1]:5.2f}" for m in masked),
+            f"{case.name:55s} {dense.median * 1e3:7.2f}ms  "
+            + "  ".join(f"{m.median / dense.median:5.2f} {m.low / dense.low:5.2f}" for m in masked),
             flush=True,
         )
     means = [math.exp(sum(map(math.log, column)) / len(column)) for column in zip(*ratios, strict=True)]

@@ -7,7 +7,9 @@
 Method: Stefański, Presta, Byra, arXiv 2601.22141.
 """
 
-from rtl import baselines, data, models, partition, tasks
+from rtl import baselines, data, models, partition, route, semantics, tasks
+from rtl.alignment import alignment
+from rtl.collapse import CollapseWarning
 from rtl.diagnose import diagnose
 from rtl.errors import InputError
 from rtl.evaluate import evaluate
@@ -18,6 +20,7 @@ from rtl.run import Run
 from rtl.tickets import TicketMasks, TicketNetwork, Tickets
 
 __all__ = [
+    "CollapseWarning",
     "Fit",
     "InputError",
     "PrunePlan",
@@ -25,6 +28,7 @@ __all__ = [
     "TicketMasks",
     "TicketNetwork",
     "Tickets",
+    "alignment",
     "baselines",
     "data",
     "diagnose",
@@ -33,5 +37,7 @@ __all__ = [
     "models",
     "partition",
     "retrain",
+    "route",
+    "semantics",
     "tasks",
 ]

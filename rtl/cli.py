@@ -1,4 +1,4 @@
-"""The command line: rtl ls | show RECIPE | run RECIPE | report RUN."""
+"""The command line: rtl ls | show RECIPE | run RECIPE | watch RUN | report RUN... | predict RUN FILE..."""
 
 import argparse
 import contextlib
@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,9 @@ _DESCRIPTION = """Tickets for the subsets of your data, over one set of shared w
   rtl ls                list the recipes and the runs in ./runs
   rtl show RECIPE       print what a recipe does and its settings
   rtl run RECIPE        run it, or resume it; every setting is an option (rtl run RECIPE --help)
-  rtl report RUN        print a finished run's table and draw its figures again
+  rtl watch RUN         follow a run from another terminal
+  rtl report RUN [RUN]  print finished runs' tables, write report.html: a page to look at, runs side by side
+  rtl predict RUN FILE  route files to tickets and let them answer
 
 example: rtl run digits --seeds 0 1 --out runs/two-seeds
 """
@@ -29,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0; 1 if a worker died; 2 for bad input; 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _dispatch(arguments)
     except InputError as error:
         print(f"rtl: {error}", file=sys.stderr)
         return 2
@@ -47,6 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings in one line, without the code that gave them; others as Python shows them."""
+    ours = category.__module__.startswith("rtl.")
+    text = f"rtl: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage before it."""
 
@@ -56,17 +75,59 @@ class _Parser(argparse.ArgumentParser):
 
 def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog="rtl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ls | show | run | report")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="ls | show | run | watch | report | predict"
+    )
     commands.add_parser("ls", help="list recipes and runs", epilog="example: rtl ls")
     show = commands.add_parser("show", help="print a recipe", epilog="example: rtl show cifar10 --protocol paper")
     show.add_argument("recipe")
     show.add_argument("--protocol", help="which of the recipe's protocols (default: its first)")
     run = commands.add_parser("run", help="run or resume a recipe", add_help=False)
     run.add_argument("recipe", nargs="?")
-    report = commands.add_parser("report", help="print a run's table", epilog="example: rtl report runs/digits")
-    report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    report.add_argument("--to", type=Path, metavar="DIR", help="write table, figures, tickets there (default: RUN)")
-    report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
+    report = commands.add_parser(
+        "report",
+        help="print runs' tables and write report.html",
+        description="Print each run's table, draw its figures again, and write one page about all, report.html.",
+        epilog="example: rtl report runs/digits runs/mine --to runs/both",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
+    report.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="write there: of one run everything to keep (table, figures, page, tickets); of several the page "
+        "(default: the first RUN)",
+    )
+    report.add_argument(
+        "--into", type=Path, metavar="FILE", help="put the tables between their marks in a Markdown file"
+    )
+    report.add_argument(
+        "--semantics",
+        type=Path,
+        metavar="PATH",
+        help="meaning of the tickets' names, to set sharing against: a WordNet folder, or JSON with names and a matrix "
+        "or an embedding (default: WordNet for CIFAR-10's classes)",
+    )
+    watch = commands.add_parser("watch", help="follow a run", epilog="example: rtl watch runs/digits")
+    watch.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: 5)")
+    watch.add_argument("--once", action="store_true", help="look once")
+    predict = commands.add_parser(
+        "predict",
+        help="route files to tickets and let them answer",
+        epilog="example: rtl predict runs/digits seven.png more.npy --by centroid",
+    )
+    predict.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="picture, or .npy of a sample or several")
+    predict.add_argument("--sparsity", type=float, help="which of the run's tickets (default: the least sparse)")
+    predict.add_argument(
+        "--by",
+        default="confidence",
+        metavar="ROUTER",
+        help="confidence (default), centroid, or a ticket's name: the context of all files",
+    )
+    predict.add_argument("--resize", action="store_true", help="bring pictures to the size of the run's samples")
+    predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
     # The options of `run` are the recipe's own settings, which only the recipe knows.
     own, rest = (arguments[:2], arguments[2:]) if arguments[:1] == ["run"] else (arguments, [])
     if own[:1] == ["run"] and (len(own) == 1 or own[1].startswith("-")):
@@ -77,7 +138,13 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command == "show":
         return _show(options.recipe, options.protocol)
     if options.command == "report":
-        return _report(options.run, options.to, options.into)
+        return _report(options.runs, options.to, options.into, options.semantics)
+    if options.command == "watch":
+        from rtl.watch import watch as follow
+
+        return follow(options.run, options.every, options.once)
+    if options.command == "predict":
+        return _predict(options)
     return _run(options.recipe, rest)
 
 
@@ -120,6 +187,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         raise InputError(f"no recipe is given, expected one of {', '.join(RECIPES)}: for example rtl run digits")
     import tyro
 
+    from rtl.page import write_page
     from rtl.recipes.classification import Classification, load, run_classification
     from rtl.report import environment, write_results
     from rtl.run import Run
@@ -137,6 +205,8 @@ def _run(name: str | None, arguments: list[str]) -> int:
         """Data root (default: the environment variable RTL_DATA)."""
         workers: int | None = None
         """Worker processes (default: one a core)."""
+        tensorboard: bool = False
+        """Also write curves and pictures for TensorBoard to OUT/tensorboard (needs 'rtl-kernels[tensorboard]')."""
 
     # The protocol chooses the settings that the other options then change.
     base = recipe(name, protocol)
@@ -158,8 +228,8 @@ def _run(name: str | None, arguments: list[str]) -> int:
     out = options.out or Path("runs") / (name if config.protocol == first else f"{name}-{config.protocol}")
     run = Run(out, workers=options.workers)
     data = load(config, options.data)
-    with run.lock():
-        rows, details = run_classification(config, run, *data)
+    with run.lock(), _board(out / "tensorboard" if options.tensorboard else None) as board:
+        rows, details = run_classification(config, run, *data, board)
         table: dict[str, Any] = {
             "recipe": name,
             "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
@@ -167,9 +237,16 @@ def _run(name: str | None, arguments: list[str]) -> int:
             "rows": rows,
         }
         write_results(out, table, details)
+        write_page([out], out / "report.html")
     _print_table(rows)
-    print(f"table, figures and every stage: {out}")
+    print(f"to look at: {out / 'report.html'}\ntable, figures and every stage: {out}")
     return 0
+
+
+def _board(folder: Path | None) -> contextlib.AbstractContextManager[Any]:
+    from rtl.tensorboard import Board
+
+    return contextlib.nullcontext() if folder is None else Board(folder)
 
 
 def _one_line(message: str) -> str:
@@ -184,6 +261,8 @@ def _what(arguments: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--out", "--data", "--workers"):
         parser.add_argument(option)
+    for option in ("--tensorboard", "--no-tensorboard"):
+        parser.add_argument(option, action="store_true")
     return parser.parse_known_args(list(arguments))[1]
 
 
@@ -195,21 +274,55 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _report(folder: Path, to: Path | None, into: Path | None) -> int:
-    from rtl.report import read_results, write_into, write_results
+def _report(folders: Sequence[Path], to: Path | None, into: Path | None, semantics: Path | None) -> int:
+    from rtl.page import write_page
+    from rtl.report import read_results, with_semantics, write_into, write_results
+
+    found = [read_results(folder) for folder in folders]
+    if semantics is not None:
+        found = [(table, with_semantics(details, semantics)) for table, details in found]
+    alone = to if to is not None and len(folders) == 1 else None
+    for folder, (table, details) in zip(folders, found, strict=True):
+        if alone is not None:
+            _copy(folder, alone)
+        write_results(alone or folder, table, details)
+        if into is not None:
+            write_into(into, table)
+        print(table["command"])
+        print(json.dumps(table["environment"]))
+        _print_table(table["rows"])
+    page = (to or folders[0]) / "report.html"
+    write_page([alone] if alone is not None else folders, page)
+    print(f"written: {page}{'' if len(folders) > 1 else ', with table and figures beside it'}")
+    return 0
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """What a report is made from, besides the results, to another folder."""
     from rtl.run import write_atomically
 
-    table, details = read_results(folder)
-    write_results(to or folder, table, details)
-    if to is not None:
-        for file in [folder / "config.json", *sorted((folder / "tickets").glob("*/*"))]:
+    kept = [folder / "config.json", *sorted((folder / "tickets").glob("*/*")), *sorted((folder / "media").rglob("*"))]
+    for file in kept:
+        if file.is_file():
             write_atomically(to / file.relative_to(folder), file.read_bytes())
-    if into is not None:
-        write_into(into, table)
-    print(table["command"])
-    print(json.dumps(table["environment"]))
-    _print_table(table["rows"])
-    print(f"written to {to or folder}")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rtl.predict import predict
+
+    rows = predict(options.run, options.files, options.sparsity, options.by, options.resize)
+    if options.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return 0
+    table = Table()
+    for heading in ("sample", "ticket", "probability", "answer", "score"):
+        table.add_column(heading, justify="right" if heading in ("probability", "score") else "left")
+    for row in rows:
+        table.add_row(row["sample"], row["ticket"], f"{row['probability']:.3f}", row["answer"], f"{row['score']:.3f}")
+    Console().print(table)
     return 0
 
 

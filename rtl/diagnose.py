@@ -1,14 +1,22 @@
-"""Mask similarity: Jaccard |m_i ∧ m_j| / |m_i ∨ m_j| between tickets, over all prunable weights and layer by layer."""
+"""Mask similarity: Jaccard |m_i ∧ m_j| / |m_i ∨ m_j| between tickets, over all prunable weights and layer by layer.
+
+At the reported sparsities whole, and over every round against what masks of the same sizes would have by chance and at
+most (`rtl.curve`), with the collapse alarm on it (`rtl.collapse`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import rtl_kernels as rk
+from rtl.collapse import Alarm, alarms
+from rtl.curve import Curve, mean_to_others
 from rtl.tickets import TicketMasks, Tickets
 
 
@@ -48,17 +56,49 @@ class Similarity:
         return cls(tuple(values["names"]), torch.tensor(values["matrix"], dtype=torch.float64), by_layer)
 
 
-def mean_to_others(matrix: Tensor) -> Tensor:
-    """Mean of each row without its diagonal, (K, K) -> (K,); NaN for K = 1."""
-    return (matrix.sum(1) - matrix.diagonal()) / (len(matrix) - 1)
-
-
 def similarity(masks: TicketMasks) -> Similarity:
     """Mask similarity of tickets at one sparsity."""
     by_layer = {layer: bank.jaccard() for layer, bank in masks.banks.items()}
     return Similarity(masks.names, rk.jaccard(list(masks.banks.values())), by_layer)
 
 
-def diagnose(tickets: Tickets) -> dict[float, Similarity]:
-    """Mask similarity at every reported sparsity, ascending."""
-    return {sparsity: similarity(masks) for sparsity, masks in tickets.levels.items()}
+@dataclass(frozen=True, eq=False)
+class Diagnosis(Mapping[float, Similarity]):
+    """A mapping from every reported sparsity, ascending, to the tickets' similarity there.
+
+    Attributes:
+        levels: that mapping, plain.
+        curve: overlaps over all rounds.
+    """
+
+    levels: Mapping[float, Similarity]
+    curve: Curve
+
+    def __getitem__(self, sparsity: float) -> Similarity:
+        return self.levels[sparsity]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.levels)
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    @cached_property
+    def alarms(self) -> list[Alarm]:
+        """The collapse alarms over all prunable weights, one a ticket at most; these are what extraction heeds."""
+        return alarms(self.curve)
+
+    @cached_property
+    def layer_alarms(self) -> list[Alarm]:
+        """The same rule's alarms in each layer, which say where it began."""
+        return [alarm for layer in self.curve.layers for alarm in alarms(self.curve, layer)]
+
+
+def diagnose(tickets: Tickets) -> Diagnosis:
+    """Mask similarity at every reported sparsity and over the rounds, and where it warns of collapse.
+
+    Tickets that carry no rounds are followed over their reported sparsities, too few for an alarm as a rule.
+    """
+    levels = {sparsity: similarity(masks) for sparsity, masks in tickets.levels.items()}
+    curve = tickets.curve or Curve.of(tickets.names, [masks.banks for masks in tickets.levels.values()])
+    return Diagnosis(levels, curve)

@@ -6,6 +6,9 @@ repeat until every m_k has the target sparsity:
         θ ← θ0
         train f(·; m_k ⊙ θ) for T steps on D_k
         m_k ← m_k without its smallest-magnitude surviving weights
+
+Similarity between the tickets is followed over the rounds, and a `CollapseWarning` given where it says that they
+collapse (`rtl.collapse`); on request they stop there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import rtl_kernels as rk
+from rtl.collapse import Alarm, CollapseWarning, alarms
+from rtl.curve import Curve
 from rtl.errors import InputError
 from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, rewind, split, state, step
 from rtl.partition import Partition
@@ -38,6 +44,8 @@ class PrunePlan:
         remove: weights removed a round: a number, or a fraction of those that survive.
         until: the target sparsity. The step that reaches it, or a reported sparsity, is cut short to be exact.
         report_at: sparsities whose masks are kept; None: the target alone.
+        stop_on_collapse: stop a ticket at its collapse alarm (`rtl.collapse`): levels beyond keep its last good masks.
+            Tickets then wait for one another after every round.
 
     Raises:
         InputError: `remove` is neither a count >= 1 nor a fraction in (0, 1), or a sparsity is outside [0, 1).
@@ -46,6 +54,7 @@ class PrunePlan:
     remove: int | float = 4096
     until: float = 0.75
     report_at: tuple[float, ...] | None = None
+    stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -100,6 +109,9 @@ def extract(
         batched: train all tickets in one batch through untied weights, in this process, instead of one at a time in
             `run.workers` processes. Masks agree up to rounding. For GPUs and very small models.
 
+    Warns:
+        CollapseWarning: similarity between the tickets says that some collapse (`rtl.diagnose(tickets).alarms`).
+
     Raises:
         InputError: nothing to prune, the run holds another extraction, training diverged, or `batched` with subsets
             whose epochs have different numbers of batches (one optimiser counts the steps of all).
@@ -107,6 +119,7 @@ def extract(
     extraction = Extraction(model, parts, plan, fit, run, batched=batched)
     if batched:
         _extract_batched(extraction)
+        extraction.warn()
     else:
         extract_all([extraction], run)
     return extraction.tickets()
@@ -122,8 +135,9 @@ class Extraction:
         self.ones = net.banks
         self.prunable = sum(bank.shape.numel() for bank in self.ones.values())
         self.rounds = plan.rounds(self.prunable)
+        self.reported = {kept_at(self.prunable, level) for level in plan.levels}
         # What the task refuses, it refuses before anything is written.
-        epoch = [split(fit.task.draw(parts, k, torch.Generator()), fit.batch_size) for k in range(len(parts))]
+        epoch = {k: split(fit.task.draw(parts, k, torch.Generator()), fit.batch_size) for k in range(len(parts))}
         if batched:
             _side_by_side(parts, epoch)
         self.model, self.parts, self.plan, self.fit = model, parts, plan, fit
@@ -138,6 +152,8 @@ class Extraction:
                 "batched": batched,
             }
         )
+        if not self.run.done("about"):  # for whoever follows the run from outside
+            self.run.save("about", Artefact(info={"prunable": self.prunable, "rounds": self.rounds}))
 
     def key(self, ticket: int, number: int) -> str:
         """Where round `number` of a ticket is kept."""
@@ -148,40 +164,133 @@ class Extraction:
         rounds = range(len(self.rounds))
         return [k for k in range(len(self.parts)) if not all(self.run.done(self.key(k, number)) for number in rounds)]
 
+    def history(self) -> list[list[Artefact]]:
+        """Every ticket's finished rounds, as many as all have that were not stopped."""
+        histories: list[list[Artefact]] = []
+        for k in range(len(self.parts)):
+            count = 0
+            while count < len(self.rounds) and self.run.done(self.key(k, count)):
+                count += 1
+            histories.append([self.run.load(self.key(k, number)) for number in range(count)])
+        return histories
+
+    def curve(self, histories: Sequence[Sequence[Artefact]]) -> Curve:
+        """What the tickets share after each round; a ticket that has fewer rounds keeps its last masks."""
+        return Curve.of(
+            self.parts.names,
+            [
+                self._banks([own[min(number, len(own) - 1)] for own in histories])
+                for number in range(max(map(len, histories)))
+            ],
+        )
+
+    def stopped(self, histories: Sequence[Sequence[Artefact]]) -> dict[str, Alarm]:
+        """The tickets that are to stop, by name."""
+        if not self.plan.stop_on_collapse or not any(histories):
+            return {}
+        return {alarm.ticket: alarm for alarm in alarms(self.curve(histories))}
+
     def tickets(self) -> Tickets:
         """The finished masks at every reported sparsity."""
         levels, samples, seconds = {}, {}, {}
+        histories = self.history()
+        stopped = self.stopped(histories)
         for level in self.plan.levels:
             kept = kept_at(self.prunable, level)
             last = 0 if kept == self.prunable else self.rounds.index(kept) + 1
-            done = [[self.run.load(self.key(k, number)) for number in range(last)] for k in range(len(self.parts))]
-            banks = {}
-            for layer, one in self.ones.items():
-                words = [history[-1].tensors[layer] if history else one.words for history in done]
-                banks[layer] = rk.MaskBank(torch.cat(words), one.shape)
-            levels[level] = TicketMasks(self.parts.names, level, banks)
-            samples[level] = sum(stage.info["samples"] for history in done for stage in history)
-            seconds[level] = sum(stage.info["seconds"] for history in done for stage in history)
-        return Tickets(self.parts.names, levels, self.prunable, samples, seconds)
+            spent = [stage.info for own in histories for stage in own[:last]]
+            good = [
+                own[: min(last, stopped[name].good_round + 1) if name in stopped else last][-1:]
+                for name, own in zip(self.parts.names, histories, strict=True)
+            ]
+            levels[level] = TicketMasks(self.parts.names, level, self._banks([one[0] if one else None for one in good]))
+            samples[level] = sum(info["samples"] for info in spent)
+            seconds[level] = sum(info["seconds"] for info in spent)
+        curve = self.curve(histories) if self.rounds else None
+        stages = {
+            level: found
+            for level in self.plan.levels
+            if (found := self.stages(kept_at(self.prunable, level), histories)) is not None
+        }
+        return Tickets(self.parts.names, levels, self.prunable, samples, seconds, curve, stages, stopped)
+
+    def stages(self, kept: int, histories: Sequence[Sequence[Artefact]]) -> Curve | None:
+        """What the tickets would share if they were pruned after each epoch of the round that leaves `kept` weights.
+
+        None where not all tickets have that round, or it was made before stages were kept.
+        """
+        number = self.rounds.index(kept) if kept in self.rounds else len(self.rounds)
+        if any(
+            len(own) <= number or "epoch-1/" + next(iter(self.ones)) not in own[number].tensors for own in histories
+        ):
+            return None
+        return Curve.of(
+            self.parts.names,
+            [self._banks([own[number] for own in histories], f"epoch-{e + 1}/") for e in range(self.fit.epochs)],
+        )
+
+    def warn(self) -> None:
+        """Give a CollapseWarning where the finished rounds' similarity calls for one."""
+        found = alarms(self.curve(self.history())) if self.rounds and len(self.parts) > 1 else []
+        if found:
+            first = min(found, key=lambda alarm: alarm.round)
+            then = (
+                "they stop at their last good masks"
+                if self.plan.stop_on_collapse
+                else "performance past it is in doubt"
+            )
+            warnings.warn(
+                CollapseWarning(f"{len(found)} of {len(self.parts)} tickets collapse: {then}; the first: {first}"),
+                stacklevel=3,
+            )
+
+    def _banks(self, stages: Sequence[Artefact | None], of: str = "") -> dict[str, rk.MaskBank]:
+        """One mask a ticket, by layer; None keeps everything. `of`: which epoch's masks, with a slash behind."""
+        banks = {}
+        for layer, one in self.ones.items():
+            words = [one.words if stage is None else stage.tensors[of + layer] for stage in stages]
+            banks[layer] = rk.MaskBank(torch.cat(words), one.shape)
+        return banks
 
 
 def extract_all(extractions: Sequence[Extraction], run: Run) -> None:
     """Bring several extractions to their end, all their tickets handed to the same workers."""
-    jobs = [(number, ticket) for number, extraction in enumerate(extractions) for ticket in extraction.unfinished()]
-    run.map(functools.partial(_extract_ticket, extractions), jobs, label="extract")
+    together = [e for e in extractions if e.plan.stop_on_collapse and len(e.parts) > 1]
+    alone = [e for e in extractions if e not in together]
+    jobs = [(e, ticket, range(len(e.rounds))) for e in alone for ticket in e.unfinished()]
+    _extract_tickets(jobs, run)
+    for number in range(max((len(e.rounds) for e in together), default=0)):
+        jobs = []
+        for e in together:
+            histories = [own[:number] for own in e.history()]
+            going = [k for k, name in enumerate(e.parts.names) if name not in e.stopped(histories)]
+            going = [k for k in going if number < len(e.rounds) and not e.run.done(e.key(k, number))]
+            jobs += [(e, ticket, range(number, number + 1)) for ticket in going]
+        _extract_tickets(jobs, run)
+    for e in extractions:
+        e.warn()
 
 
-def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, int]) -> None:
+def _extract_tickets(jobs: Sequence[tuple[Extraction, int, range]], run: Run) -> None:
+    extractions = list(dict.fromkeys(e for e, _, _ in jobs))
+    numbered = [(extractions.index(e), ticket, numbers) for e, ticket, numbers in jobs]
+    if numbered:
+        run.map(functools.partial(_extract_ticket, extractions), numbered, label="extract")
+
+
+def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, int, range]) -> None:
     """Algorithm 1 for one k: the subsets are independent of one another within a round, and so over all rounds."""
-    extraction, ticket = extractions[job[0]], job[1]
+    extraction, ticket, numbers = extractions[job[0]], job[1], job[2]
     run, fit, parts = extraction.run, extraction.fit, extraction.parts
     net = masked_copy(extraction.model, 1, "shared")
     theta0, rounds, name = state(net), extraction.rounds, parts.names[ticket]
-    with run.track(name, len(rounds) * fit.epochs) as progress:
-        for number, keep in enumerate(rounds):
+    if numbers.start:
+        net.banks = extraction._banks([run.load(extraction.key(ticket, numbers.start - 1))])
+    with run.track(name, len(numbers) * fit.epochs) as progress:
+        for number in numbers:
 
-            def one_round(number: int = number, keep: int = keep) -> Artefact:
-                began, samples, loss = time.perf_counter(), 0, 0.0
+            def one_round(number: int = number, keep: int = rounds[number]) -> Artefact:
+                began, samples, loss, stages = time.perf_counter(), 0, 0.0, []
                 rewind(net, theta0)  # θ ← θ0
                 optimizer, generator = new_optimizer(net, fit), run.generator("extract", name, number)
                 net.train()
@@ -190,60 +299,64 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
                     for index in split(order, fit.batch_size):
                         loss = float(step(net, optimizer, fit.task, parts, [(0, ticket, index)]))
                     samples += len(order)
-                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
-                weights = {layer: module.weight.detach() for layer, module in net.masked_modules().items()}
-                masks = prune(weights, {layer: bank.dense(0) for layer, bank in net.banks.items()}, keep)
-                return _artefact(masks, keep, samples, loss, time.perf_counter() - began)
+                    if keep in extraction.reported:
+                        stages.append(pruned(net, 0, keep))
+                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
+                return _artefact(pruned(net, 0, keep), stages, keep, samples, loss, time.perf_counter() - began)
 
             if run.done(extraction.key(ticket, number)):
                 progress.advance(fit.epochs)
-            artefact = run.stage(extraction.key(ticket, number), one_round)
-            net.banks = {layer: rk.MaskBank(artefact.tensors[layer], bank.shape) for layer, bank in net.banks.items()}
+            net.banks = extraction._banks([run.stage(extraction.key(ticket, number), one_round)])
 
 
 def _extract_batched(extraction: Extraction) -> None:
     """Algorithm 1 for all k at once: one batch holds a batch of every subset, and every ticket has its own weights."""
     run, fit, parts = extraction.run, extraction.fit, extraction.parts
     net = rk.nn.untie(masked_copy(extraction.model, len(parts), "per_ticket", True))
-    theta0, rounds, tickets = state(net), extraction.rounds, range(len(parts))
+    theta0, rounds = state(net), extraction.rounds
     with run.track("all tickets", len(rounds) * fit.epochs) as progress:
         for number, keep in enumerate(rounds):
-            if all(run.done(extraction.key(ticket, number)) for ticket in tickets):
+            histories = [own[:number] for own in extraction.history()]
+            stopped = extraction.stopped(histories)
+            going = [k for k, name in enumerate(parts.names) if name not in stopped]
+            if number:
+                net.banks = extraction._banks([own[-1] for own in histories])
+            if all(run.done(extraction.key(ticket, number)) for ticket in going):
                 progress.advance(fit.epochs)
-            else:
-                began, samples, loss = time.perf_counter(), [0] * len(parts), 0.0
-                rewind(net, theta0)
-                optimizer = new_optimizer(net, fit)
-                generators = [run.generator("extract", name, number) for name in parts.names]
-                net.train()
-                with global_seed(run.seed_for("extract", number)):  # dropout's numbers do not depend on resuming
-                    for _ in range(fit.epochs):
-                        orders = [fit.task.draw(parts, ticket, generators[ticket]) for ticket in tickets]
-                        for batch in _side_by_side(parts, [split(order, fit.batch_size) for order in orders]):
-                            loss = float(step(net, optimizer, fit.task, parts, batch))
-                        samples = [n + len(order) for n, order in zip(samples, orders, strict=True)]
-                        progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
-                seconds = (time.perf_counter() - began) / len(parts)
-                for ticket in tickets:
-                    weights = {layer: m.weight.detach()[ticket] for layer, m in net.masked_modules().items()}
-                    masks = prune(weights, {layer: bank.dense(ticket) for layer, bank in net.banks.items()}, keep)
-                    artefact = _artefact(masks, keep, samples[ticket], loss, seconds)
-                    run.save(extraction.key(ticket, number), artefact)
-            loaded = [run.load(extraction.key(ticket, number)).tensors for ticket in tickets]
-            net.banks = {
-                layer: rk.MaskBank(torch.cat([words[layer] for words in loaded]), bank.shape)
-                for layer, bank in net.banks.items()
-            }
+                continue
+            began, samples, loss = time.perf_counter(), dict.fromkeys(going, 0), 0.0
+            rewind(net, theta0)
+            optimizer = new_optimizer(net, fit)
+            stages: dict[int, list[Masks]] = {k: [] for k in going}
+            generators = {k: run.generator("extract", parts.names[k], number) for k in going}
+            net.train()
+            with global_seed(run.seed_for("extract", number)):  # dropout's numbers do not depend on resuming
+                for _ in range(fit.epochs):
+                    orders = {k: fit.task.draw(parts, k, generators[k]) for k in going}
+                    for batch in _side_by_side(parts, {k: split(o, fit.batch_size) for k, o in orders.items()}):
+                        loss = float(step(net, optimizer, fit.task, parts, batch))
+                    samples = {k: samples[k] + len(order) for k, order in orders.items()}
+                    if keep in extraction.reported:
+                        for k in going:
+                            stages[k].append(pruned(net, k, keep))
+                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
+            seconds = (time.perf_counter() - began) / len(going)
+            for ticket in going:
+                artefact = _artefact(pruned(net, ticket, keep), stages[ticket], keep, samples[ticket], loss, seconds)
+                run.save(extraction.key(ticket, number), artefact)
 
 
-def _side_by_side(parts: Partition, batches: Sequence[Sequence[Tensor]]) -> list[Batch]:
-    counts = {name: len(own) for name, own in zip(parts.names, batches, strict=True)}
+def _side_by_side(parts: Partition, batches: Mapping[int, Sequence[Tensor]]) -> list[Batch]:
+    """The steps of one epoch, each a batch of every ticket in `batches` (ticket -> its batches)."""
+    counts = {parts.names[k]: len(own) for k, own in batches.items()}
     if len(set(counts.values())) != 1:
         raise InputError(
             f"batched is True, but the subsets' epochs have different numbers of batches ({counts}): extract one "
             "ticket at a time (batched=False)"
         )
-    return [[(k, k, index) for k, index in enumerate(row)] for row in zip(*batches, strict=True)]
+    return [
+        [(k, k, index) for k, index in zip(batches, row, strict=True)] for row in zip(*batches.values(), strict=True)
+    ]
 
 
 def prune(weights: Masks, masks: Masks, keep: int) -> Masks:
@@ -272,6 +385,17 @@ def prune(weights: Masks, masks: Masks, keep: int) -> Masks:
     return {layer: part.view(mask.shape) for (layer, mask), part in zip(masks.items(), parts, strict=True)}
 
 
-def _artefact(masks: Masks, kept: int, samples: int, loss: float, seconds: float) -> Artefact:
+def pruned(net: rk.nn.RoutedModel, ticket: int, keep: int) -> Masks:
+    """A ticket's masks if it were pruned to `keep` weights by the magnitudes it has now."""
+    weights = {
+        layer: module.weight.detach()[ticket] if module.untied else module.weight.detach()
+        for layer, module in net.masked_modules().items()
+    }
+    return prune(weights, {layer: bank.dense(ticket) for layer, bank in net.banks.items()}, keep)
+
+
+def _artefact(masks: Masks, stages: Sequence[Masks], kept: int, samples: int, loss: float, seconds: float) -> Artefact:
     words = {layer: rk.MaskBank.from_dense(mask[None]).words for layer, mask in masks.items()}
+    for number, stage in enumerate(stages, 1):  # what each epoch would have given
+        words |= {f"epoch-{number}/{layer}": rk.MaskBank.from_dense(mask[None]).words for layer, mask in stage.items()}
     return Artefact(words, {"kept": kept, "samples": samples, "loss": loss, "seconds": seconds})

@@ -137,7 +137,7 @@ class ClusterRule:
             raise InputError(
                 "features was an array, which says nothing of new data: give by_cluster a function from data to it"
             )
-        return nearest(_features(data, self.features), self.centroids)
+        return nearest(features_of(data, self.features), self.centroids)
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def by_cluster(
     """
     if method not in ("kmeans", "hdbscan"):
         raise InputError(f"method is {method!r}, but 'kmeans' or 'hdbscan' is needed")
-    points = _features(data, features)
+    points = features_of(data, features)
     if method == "kmeans":
         if num_clusters is None or not 1 <= num_clusters <= len(data):
             raise InputError(f"num_clusters is {num_clusters}, but k-means needs 1..{len(data)}, at most one a sample")
@@ -291,8 +291,8 @@ def _column(data: Data, key: str) -> list[Any]:
     return column.tolist() if isinstance(column, (Tensor, np.ndarray)) else list(column)
 
 
-def _features(data: Data, features: "Features | Tensor | np.ndarray | None") -> Tensor:
-    """(N, D) float64 on the CPU."""
+def features_of(data: Data, features: "Features | Tensor | np.ndarray | None") -> Tensor:
+    """What samples are clustered by: (N, D) float64 on the CPU, finite. None: normalised inputs, flattened."""
     if features is None:
         values, _ = data.batch(torch.arange(len(data), device=data.inputs.device))
         values = values.flatten(1)

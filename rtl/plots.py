@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rtl.alignment import Alignment
+from rtl.collapse import Alarm
+from rtl.curve import Curve, mean_to_others
 from rtl.diagnose import Similarity
 from rtl.report import NAMES, Row
 
@@ -49,21 +52,36 @@ def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> 
     return figure
 
 
-def similarity_against_sparsity(levels: Mapping[float, Similarity]) -> Figure:
-    """Every ticket's mean similarity to the others, and what independent masks of its density would have.
+def similarity_against_sparsity(curve: Curve, alarms: Sequence[Alarm] = ()) -> Figure:
+    """Every ticket's mean similarity to the others, between what masks of these sizes have by chance and at most.
 
-    Two independent masks that keep a fraction d of the weights have Jaccard d / (2 − d): density alone moves it.
+    Left over all prunable weights, with a cross where a ticket's collapse alarm was given; right the tickets' mean in
+    every layer, from the first (dark) to the last (light).
     """
-    figure, (axis,) = _figure(1, width=5.5)
-    x = sorted(levels)
-    names = levels[x[0]].names
-    for k, name in enumerate(names):
-        axis.plot(x, [float(levels[s].per_ticket[k]) for s in x], color=_colour(k, len(names)), marker=".", label=name)
-    chance = np.linspace(x[0], x[-1], 50)
-    axis.plot(chance, (1 - chance) / (1 + chance), color="#555555", linestyle=":", label="independent masks")
+    figure, (axis, depth) = _figure(2, width=5.2)
+    scores = mean_to_others(curve.jaccard())
+    for k, name in enumerate(curve.names):
+        colour = _colour(k, len(curve.names))
+        axis.plot(curve.sparsity[:, k], scores[:, k], color=colour, marker=".", markersize=3, label=name)
+        for alarm in alarms:
+            if alarm.ticket == name and alarm.layer is None:
+                at = float(curve.sparsity[alarm.round, k]), float(scores[alarm.round, k])
+                axis.plot(*at, color=colour, marker="x", markersize=9, markeredgewidth=2, linestyle="none")
+    sparsity = curve.sparsity.mean(1)
+    for label, baseline, line in (("identical", curve.identical(), "--"), ("independent", curve.independent(), ":")):
+        axis.plot(sparsity, mean_to_others(baseline).mean(1), color="#555555", linestyle=line, label=f"{label} masks")
     axis.set_title("mean mask similarity to the other tickets (Jaccard)", fontsize=10)
     axis.legend(fontsize=7, ncols=2)
-    _sparsity_axis(axis)
+    for number, layer in enumerate(curve.layers):
+        colour = _shade(number, len(curve.layers))
+        ends = number in (0, len(curve.layers) - 1)
+        values = mean_to_others(curve.jaccard(layer)).mean(1)
+        depth.plot(sparsity, values, color=colour, linewidth=1, label=layer if ends else None)
+    depth.set_title("mean over tickets, layer by layer", fontsize=10)
+    depth.legend(fontsize=7)
+    for each in (axis, depth):
+        each.set_ylim(-0.02, 1.02)
+        _sparsity_axis(each)
     return figure
 
 
@@ -84,6 +102,54 @@ def similarity_by_depth(level: Similarity, sparsity: float, panels: int = 4) -> 
     figure.suptitle(f"mask similarity (Jaccard) at {sparsity:.0%} sparsity, from shallow to deep", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, pad=0.01)
     return figure
+
+
+def semantic_alignment(curve: Curve, found: Alignment) -> Figure:
+    """The paper's Fig. 3 from one run's masks: meaning, the masks of the first and last layer, and both over depth.
+
+    Matrices are those of the sparsest stage, which the last two panels' darkest line is too. There, similarity is a
+    mean over tickets; a filled marker is a correlation with p < 0.05.
+    """
+    stages = np.unique(np.linspace(0, len(found.sparsity) - 1, min(4, len(found.sparsity))).round().astype(int))
+    figure, axes = _figure(5, width=3.1, height=3.4)
+    shown = {
+        "similarity in meaning": found.semantic,
+        f"masks of {curve.layers[0]}": curve.jaccard(curve.layers[0])[-1],
+        f"masks of {curve.layers[-1]}": curve.jaccard(curve.layers[-1])[-1],
+    }
+    off = ~np.eye(len(found.names), dtype=bool)
+    names = [name if len(name) <= 16 else name[:15] + "…" for name in found.names]  # longer ones leave axes no room
+    for axis, (title, matrix) in zip(axes, shown.items(), strict=False):
+        values = np.where(off, matrix.numpy(), np.nan)
+        image = axis.imshow(values, cmap="viridis", vmin=np.nanmin(values), vmax=max(np.nanmax(values), 1e-3))
+        figure.colorbar(image, ax=axis, shrink=0.6, pad=0.02)
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=7)
+    depth = np.arange(1, len(found.layers) + 1)
+    for shade, stage in enumerate(stages):
+        colour, label = _shade(len(stages) - 1 - shade, len(stages)), f"{found.sparsity[stage]:.0%}"
+        sharing = [
+            float(mean_to_others(curve.jaccard(layer)[_round(curve, found, stage)]).mean()) for layer in found.layers
+        ]
+        axes[3].plot(depth, sharing, color=colour, marker=".", linewidth=1, label=label)
+        rho, significant = found.rho[stage, 1:].numpy(), found.p_value[stage, 1:].numpy() < 0.05
+        axes[4].plot(depth, rho, color=colour, linewidth=1, label=label)
+        axes[4].plot(depth, rho, color=colour, marker="o", markersize=4, linestyle="none", fillstyle="none")
+        axes[4].plot(depth[significant], rho[significant], color=colour, marker="o", markersize=4, linestyle="none")
+    axes[4].axhline(0, color="#555555", linewidth=0.8)
+    axes[3].set_title("mask similarity over depth", fontsize=9)
+    axes[4].set_title("Spearman's ρ with meaning", fontsize=9)
+    for axis in axes[3:]:
+        axis.set_xlabel("prunable layer, from the first")
+        axis.grid(alpha=0.25)
+    axes[3].legend(title="sparsity", fontsize=7, title_fontsize=7)
+    return figure
+
+
+def _round(curve: Curve, found: Alignment, stage: int) -> int:
+    """The curve's round that a stage of an alignment was taken at."""
+    return int((curve.sparsity.mean(1) - found.sparsity[stage]).abs().argmin())
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -121,3 +187,9 @@ def _colour(k: int, of: int) -> Any:
     import matplotlib
 
     return matplotlib.colormaps["tab10" if of <= 10 else "turbo"](k if of <= 10 else k / of)
+
+
+def _shade(number: int, of: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](0.9 * number / max(1, of - 1))

@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Literal
 
@@ -20,7 +20,7 @@ COALESCE_SECONDS = 0.1  # a task that advances faster than this reports only now
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Where one task stands. `task` is (process id, number of the task in that process)."""
+    """Where one task stands. `task` is (process id, number of the task in that process); `values` are for curves."""
 
     state: Literal["started", "running", "finished", "stopped"]
     task: tuple[int, int]
@@ -29,6 +29,7 @@ class Event:
     total: int
     seconds: float
     note: str = ""
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         count, elapsed = f"{self.done}/{self.total}", duration(self.seconds)
@@ -51,20 +52,26 @@ class Task:
     def __init__(self, show: Callable[[Event], None], task: tuple[int, int], label: str, total: int) -> None:
         self._show, self._task, self._label, self._total = show, task, label, total
         self._done, self._note = 0, ""
+        self._values: dict[str, float] = {}
         self._begun = self._shown = time.monotonic()
         self._report("started")
 
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """`n` more steps are done. `note` (a loss, say) stays beside the count until another replaces it."""
+    def advance(self, n: int = 1, note: str = "", **values: float) -> None:
+        """`n` more steps are done. `note` (a loss, say) stays beside the count until another replaces it.
+
+        `values` are for those who draw curves (`Progress.listen`); of steps faster than `COALESCE_SECONDS`, the last.
+        """
         self._done += n
         self._note = note or self._note
+        self._values |= values
         if time.monotonic() - self._shown >= COALESCE_SECONDS:
             self._report("running")
 
     def _report(self, state: Literal["started", "running", "finished", "stopped"]) -> None:
         self._shown = time.monotonic()
         seconds = self._shown - self._begun
-        self._show(Event(state, self._task, self._label, self._done, self._total, seconds, self._note))
+        values, self._values = self._values, {}
+        self._show(Event(state, self._task, self._label, self._done, self._total, seconds, self._note, values))
 
 
 class Progress:
@@ -87,6 +94,7 @@ class Progress:
     ) -> None:
         self._numbers = itertools.count()
         self._open: dict[tuple[int, int], Event] = {}
+        self._listeners: list[Callable[[Event], None]] = []
         self._display: Callable[[Event], None]
         if forward is not None:
             self._display = forward
@@ -115,6 +123,12 @@ class Progress:
         else:
             self._open[event.task] = event
         self._display(event)
+        for listener in self._listeners:
+            listener(event)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Give every event to `listener` too, in this process, also those of worker processes."""
+        self._listeners.append(listener)
 
     def abandon(self, process: int) -> None:
         """Show as stopped every task that the process with this id left open."""

@@ -7,10 +7,15 @@ import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rtl.errors import InputError
 from rtl.run import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rtl.curve import Curve
 
 NAMES = {"rtl": "RTL", "imp_single": "IMP single", "imp_multiple": "IMP multiple", "dense": "dense"}
 
@@ -24,6 +29,78 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("accuracy", "accuracy"),
     ("similarity", "similarity"),
 )
+# Of data other than classes: shown where a run has them.
+_MORE: tuple[tuple[str, str], ...] = (
+    ("PSNR", "psnr"),
+    ("PSNR pooled", "psnr.pooled"),
+    ("SI-SNRi", "si_snri"),
+)
+
+
+_BA, _P, _R = "balanced_accuracy.threshold", "precision.threshold", "recall.threshold"
+
+
+def _paper(method: str, **values: tuple[float, ...]) -> dict[tuple[str, float], dict[str, float]]:
+    """Figures at 25, 50 and 75 % sparsity, by the metric's key; parameters in thousands."""
+    keys = {"ba": _BA, "p": _P, "r": _R, "ba_argmax": "balanced_accuracy.argmax"}
+    return {
+        (method, sparsity): {keys.get(k, k): v[at] * (1000 if k == "params" else 1) for k, v in values.items()}
+        for at, sparsity in enumerate((0.25, 0.5, 0.75))
+    }
+
+
+# The paper's tables (arXiv 2601.22141), by recipe. Its single model's figures follow from argmax, so they stand there:
+# its recall is plain accuracy on CIFAR-10 (on CIFAR-100 it cannot be read so).
+PAPER: dict[str, dict[tuple[str, float], dict[str, float]]] = {
+    "cifar10": {
+        **_paper(
+            "rtl", ba=(0.781, 0.778, 0.772), p=(0.282, 0.276, 0.257), r=(0.821, 0.810, 0.816), params=(103, 72, 38)
+        ),
+        **_paper("imp_single", ba_argmax=(0.711, 0.711, 0.732), accuracy=(0.480, 0.480, 0.518), params=(94, 63, 31)),
+        **_paper(
+            "imp_multiple",
+            ba=(0.712, 0.710, 0.760),
+            p=(0.233, 0.222, 0.262),
+            r=(0.701, 0.702, 0.766),
+            params=(944, 629, 314),
+        ),
+    },
+    "cifar100": {
+        **_paper(
+            "rtl", ba=(0.765, 0.751, 0.759), p=(0.298, 0.290, 0.289), r=(0.764, 0.729, 0.754), params=(108, 76, 40)
+        ),
+        **_paper("imp_single", ba_argmax=(0.722, 0.707, 0.742), params=(94, 63, 31)),
+        **_paper(
+            "imp_multiple",
+            ba=(0.712, 0.700, 0.744),
+            p=(0.276, 0.271, 0.286),
+            r=(0.660, 0.637, 0.732),
+            params=(944, 629, 314),
+        ),
+    },
+    "inr": {
+        **_paper("rtl", psnr=(18.86, 17.25, 14.87), params=(48.0, 36.5, 22.0)),
+        **_paper("imp_single", psnr=(15.94, 14.72, 12.69), params=(40.5, 27.0, 13.5)),
+    },
+    "speech": {
+        **_paper("rtl", si_snri=(7.248, 7.178, 6.992), params=(32.0, 22.8, 12.3)),
+        **_paper("imp_single", si_snri=(6.885, 6.970, 6.967), params=(28.0, 18.6, 9.3)),
+        **_paper("imp_multiple", si_snri=(5.295, 5.775, 5.899), params=(84.1, 56.1, 28.0)),
+    },
+}
+
+
+def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The columns, heading and key of a metric, that some row has."""
+    return [(heading, key) for heading, key in (*COLUMNS, *_MORE) if any(key in row["metrics"] for row in rows)]
+
+
+def group_rows(rows: Iterable[Row]) -> dict[tuple[str, str, float], list[Row]]:
+    """The seeds' rows of each method, variant and sparsity."""
+    groups: dict[tuple[str, str, float], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["variant"], row["sparsity"]), []).append(row)
+    return groups
 
 
 def environment() -> dict[str, Any]:
@@ -51,9 +128,7 @@ def _processor() -> str:
 
 def summary(rows: Iterable[Row]) -> list[list[str]]:
     """One line for each method, variant and sparsity, mean ± standard deviation over seeds, below a heading."""
-    groups: dict[tuple[str, str, float], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["variant"], row["sparsity"]), []).append(row)
+    groups = group_rows(rows)
     lines = [["method", "sparsity", *(heading for heading, _ in COLUMNS), "#Params", "samples", "seconds"]]
     for (method, variant, sparsity), group in groups.items():
         name = NAMES[method] + (f" ({variant})" if variant else "")
@@ -83,31 +158,97 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
     A folder that holds a table.json holds all of them.
     """
     from rtl import plots
+    from rtl.alignment import Alignment
+    from rtl.collapse import Alarm
+    from rtl.curve import Curve
     from rtl.diagnose import Similarity
 
     folder = Path(folder)
     figures = folder / "figures"
     shown = {"balanced_accuracy.threshold": "balanced accuracy, score ≥ ½", "accuracy": "accuracy, argmax"}
     plots.save(plots.metric_against_sparsity(table["rows"], shown), figures / "metric.png")
-    levels = {float(level): Similarity.from_json(s) for level, s in details.get("similarity", {}).items()}
-    if levels:
-        plots.save(plots.similarity_against_sparsity(levels), figures / "similarity.png")
-        for level, similarity in levels.items():
-            plots.save(plots.similarity_by_depth(similarity, level), figures / f"similarity-by-depth-{level:g}.png")
+    if "curve" in details:
+        curve, found = Curve.from_json(details["curve"]), [Alarm(**alarm) for alarm in details["alarms"]]
+        plots.save(plots.similarity_against_sparsity(curve, found), figures / "similarity.png")
+        if "alignment" in details:
+            aligned = Alignment.from_json(details["alignment"])
+            plots.save(plots.semantic_alignment(curve, aligned), figures / "alignment.png")
+    for level, values in details.get("similarity", {}).items():
+        plots.save(
+            plots.similarity_by_depth(Similarity.from_json(values), float(level)),
+            figures / f"similarity-by-depth-{level}.png",
+        )
     write_atomically(folder / "table.md", markdown(summary(table["rows"])).encode())
     for name, content in (("details.json", details), ("table.json", table)):
         write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """table.json and details.json of a finished run. Raises InputError if they are not there."""
+    """table.json and details.json of a finished run. Raises InputError if they are not there.
+
+    Where the details hold no curve, it is that of the masks in `tickets/`, if there are any.
+    """
     try:
         table, details = (json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("table", "details"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"run is {str(folder)!r}, which holds no finished results ({error}): finish `rtl run`"
         ) from error
+    if "curve" not in details:
+        curve = _curve_of_tickets(Path(folder) / "tickets")
+        if curve is not None:
+            details |= insights(curve)
     return table, details
+
+
+def insights(curve: Curve, semantic: Tensor | None = None, stages: Mapping[str, Curve] | None = None) -> dict[str, Any]:
+    """What details.json says of the masks' similarity: the "curve", its "alarms", and its "alignment" with meaning.
+
+    With `stages`, these too, and their "stage_alignment", both by sparsity.
+
+    Args:
+        curve: of one seed's tickets.
+        stages: `Tickets.stages`, by sparsity as text.
+        semantic: (K, K); None: the package's table, where it knows the tickets' names, else there is no alignment.
+    """
+    from rtl import semantics
+    from rtl.alignment import alignment
+    from rtl.collapse import alarms
+
+    found: dict[str, Any] = {"curve": curve.to_json(), "alarms": [alarm.to_json() for alarm in alarms(curve)]}
+    if semantic is None:
+        semantic = semantics.known(curve.names)
+    if semantic is not None and len(curve.names) > 2:
+        found["alignment"] = alignment(curve, semantic).to_json()
+        if stages:
+            found["stage_alignment"] = {level: alignment(one, semantic).to_json() for level, one in stages.items()}
+    if stages:
+        found["stages"] = {level: one.to_json() for level, one in stages.items()}
+    return found
+
+
+def with_semantics(details: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The details with the alignment of their curve to another meaning of the tickets' names (`rtl.semantics.read`).
+
+    Raises InputError if the source does not fit, or the run has no tickets to compare.
+    """
+    from rtl import semantics
+    from rtl.curve import Curve
+
+    if "curve" not in details or len(details["curve"]["names"]) < 3:
+        raise InputError("semantics is given, but the run has no three tickets to compare: leave it out")
+    curve = Curve.from_json(details["curve"])
+    stages = {level: Curve.from_json(one) for level, one in details.get("stages", {}).items()}
+    return {**details, **insights(curve, semantics.read(source, curve.names), stages)}
+
+
+def _curve_of_tickets(folder: Path) -> Curve | None:
+    from rtl.curve import Curve
+    from rtl.tickets import TicketNetwork
+
+    levels = sorted((path.parent for path in folder.glob("*/tickets.json")), key=lambda path: float(path.name))
+    nets = [TicketNetwork.from_pretrained(level) for level in levels]
+    return Curve.of(nets[0].names, [net.net.banks for net in nets]) if nets else None
 
 
 def write_into(document: Path, table: Mapping[str, Any]) -> None:
@@ -115,9 +256,17 @@ def write_into(document: Path, table: Mapping[str, Any]) -> None:
 
     Raises InputError if the document has no such place.
     """
-    begin, end = f"<!-- table: {table['recipe']} -->\n", "<!-- end -->"
-    before, mark, after = document.read_text().partition(begin)
-    if not mark or end not in after:
+    replace_between(document, f"table: {table['recipe']}", markdown(summary(table["rows"])))
+
+
+def replace_between(document: Path, mark: str, text: str) -> None:
+    """Replace what stands between `<!-- MARK -->` and `<!-- end -->` in a document by whole lines of text.
+
+    Raises InputError if the document has no such place.
+    """
+    begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
+    before, found, after = document.read_text().partition(begin)
+    if not found or end not in after:
         raise InputError(f"document is {str(document)!r}, which has no line {begin.strip()!r} with an {end!r} after it")
     after = after[after.index(end) :]
-    write_atomically(document, (before + begin + markdown(summary(table["rows"])) + after).encode())
+    write_atomically(document, (before + begin + text + after).encode())

@@ -82,7 +82,7 @@ def retrain(
                 losses.append(float(total) / steps)
                 if not math.isfinite(losses[-1]):
                     raise InputError(f"loss is {losses[-1]} after epoch {epoch + 1}: it diverged, use a smaller lr")
-                progress.advance(note=f"loss {losses[-1]:.3f}")
+                progress.advance(note=f"loss {losses[-1]:.3f}", loss=losses[-1])
                 if time.perf_counter() - saved >= checkpoint_seconds and epoch + 1 < fit.epochs:
                     saved = time.perf_counter()
                     info = {"samples": samples, "seconds": seconds + saved - began, "losses": losses}

@@ -92,7 +92,8 @@ class Run:
         """Bind the run to a configuration: a dataclass instance or a mapping of plain values, nested as you like.
 
         The first call writes it to config.json, with the run's seed as "seed". A dataclass is written with its class
-        name as "_type", so that two classes with equal fields differ.
+        name as "_type", so that two classes with equal fields differ. A field that the file lacks counts as its
+        dataclass's default there, so that runs begun before a setting existed go on.
 
         Raises:
             InputError: the folder holds another configuration, `config` has another seed than the run, or a value has
@@ -107,7 +108,7 @@ class Run:
         if not file.exists():
             write_atomically(file, _json(fields))
             return
-        new, old = _flat(fields), _flat(_read_json(file))
+        new, old = _flat(fields), _defaults(config) | _flat(_read_json(file))
         differing = [key for key in sorted(new.keys() | old.keys()) if new.get(key, ...) != old.get(key, ...)]
         if differing:
             values = "; ".join(f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in differing)
@@ -358,6 +359,22 @@ def _plain(value: Any, name: str) -> Any:
         f"{name} is {value!r}, a {type(value).__name__}: expected None, bool, int, float, str, a path, a dataclass, "
         "a list or a mapping with str keys: convert it"
     )
+
+
+def _defaults(value: Any, name: str = "") -> dict[str, Any]:
+    """What the settings of the dataclasses in a configuration are by default, flat."""
+    found: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            found |= _defaults(item, f"{name}.{key}" if name else key)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            key, own = f"{name}.{f.name}" if name else f.name, getattr(value, f.name)
+            if dataclasses.is_dataclass(own) or isinstance(own, Mapping):
+                found |= _defaults(own, key)
+            elif f.default is not dataclasses.MISSING:
+                found[key] = _plain(f.default, key)
+    return found
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

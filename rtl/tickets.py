@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import rtl_kernels as rk
+from rtl.collapse import Alarm
+from rtl.curve import Curve
 from rtl.errors import InputError
 from rtl.fit import masked_copy
 from rtl.run import write_atomically
@@ -57,6 +59,10 @@ class Tickets:
         prunable: prunable weights of the model.
         samples: training samples presented up to each sparsity, all tickets together.
         seconds: time taken up to each sparsity, summed over tickets (wall seconds of the process that ran each).
+        curve: what the tickets share after every round; None if their rounds are not known.
+        stages: by reported sparsity, what they would share had they been pruned after each epoch of its round.
+        stopped: alarms of the tickets that `PrunePlan.stop_on_collapse` stopped, by name. Where a level is sparser than
+            their last good masks, it holds those.
     """
 
     names: tuple[str, ...]
@@ -64,6 +70,9 @@ class Tickets:
     prunable: int
     samples: Mapping[float, int]
     seconds: Mapping[float, float]
+    curve: Curve | None = None
+    stages: Mapping[float, Curve] = field(default_factory=dict)
+    stopped: Mapping[str, Alarm] = field(default_factory=dict)
 
     def at(self, sparsity: float) -> TicketMasks:
         """The tickets at a reported sparsity. Raises InputError, naming those there are, for another."""
@@ -120,11 +129,11 @@ class TicketNetwork(nn.Module):
             InputError: an unknown ticket, or a number of tickets other than B.
         """
         if isinstance(ticket, str | int):
-            index = torch.full((len(x),), self._position(ticket), device=x.device)
+            index = torch.full((len(x),), self.position(ticket), device=x.device)
         elif isinstance(ticket, Tensor):
             index = ticket
         else:
-            index = torch.tensor([self._position(t) for t in ticket], dtype=torch.int64, device=x.device)
+            index = torch.tensor([self.position(t) for t in ticket], dtype=torch.int64, device=x.device)
         if len(index) != len(x):
             raise InputError(f"ticket names {len(index)} tickets, but x holds {len(x)} samples")
         return self.net(x, index)
@@ -135,7 +144,7 @@ class TicketNetwork(nn.Module):
 
     def export(self, ticket: Ticket) -> nn.Module:
         """One ticket as a plain dense module, its weights the ticket's bit for bit."""
-        return rk.nn.extract(self.net, self._position(ticket))
+        return rk.nn.extract(self.net, self.position(ticket))
 
     @property
     def params(self) -> int:
@@ -208,7 +217,8 @@ class TicketNetwork(nn.Module):
         fields = (description[key] for key in ("names", "outputs", "task", "sparsity", "samples", "seconds"))
         return cls(net, *fields)
 
-    def _position(self, ticket: Ticket) -> int:
+    def position(self, ticket: Ticket) -> int:
+        """The number of a ticket, 0..K-1, by its name or number. Raises InputError for one that is not there."""
         if isinstance(ticket, str):
             return position(self.names, ticket)
         if not 0 <= ticket < len(self.names):

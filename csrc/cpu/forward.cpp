@@ -28,6 +28,9 @@ class Runner {
       : plan_(plan), batch_(batch), masks_(masks), call_(call), k_(kernels<T>()) {
     in_ = plan.in[0] * plan.in[1];
     out_ = plan.out[0] * plan.out[1];
+    const int64_t row = plan.groups * plan.rows * out_ * int64_t(sizeof(T)), vector = k_.lanes * int64_t(sizeof(T));
+    stream_ = row * batch.offsets[batch.masks + 1] * batch.inner >= kStream && row % vector == 0 &&
+              reinterpret_cast<uintptr_t>(call.y) % vector == 0;
     for (int64_t g = 0; g <= batch.masks; ++g) {
       const int64_t start = batch.offsets[g] * batch.inner, stop = batch.offsets[g + 1] * batch.inner;
       if (stop == start) continue;
@@ -37,10 +40,18 @@ class Runner {
         segments_.back().structure = structure_of(plan, words, masks.row_words);
       divide(int64_t(segments_.size()) - 1);
     }
+    std::stable_sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) {
+      return a.path == Path::kFew && b.path == Path::kFew && a.strip.first < b.strip.first;
+    });
   }
 
   void run(const Parallel& parallel) {
     if (weight_bound()) {
+      // Those of few samples have their own way, the others go together.
+      const auto strips = std::stable_partition(units_.begin(), units_.end(),
+                                                [](const Unit& unit) { return unit.path == Path::kFew; });
+      parallel(strips - units_.begin(), [this](int64_t begin, int64_t end) { Worker(*this).work(begin, end); });
+      units_.erase(units_.begin(), strips);
       run_by_rows(parallel);
       return;
     }
@@ -59,10 +70,21 @@ class Runner {
            (in_ * sizeof(T) % 4096 != 0 || plan_.channels <= 8);
   }
 
-  // A group of a few samples fills a quarter of a vector at best, while the weights it reads are those of a full one: up
-  // to 4 samples every weight is taken, in whole vectors, with the mask's bits applied.
+  // A group of a few samples fills part of a vector, while the weights it reads are those of a full one: then every weight
+  // is taken, in whole vectors of inputs, with the mask's bits applied. Worth it up to 4 samples; up to 8 where the mask
+  // keeps about half or more; up to 24 where besides the weights come from beyond L2, which buckets wait for.
   bool few(const Segment& segment) const {
-    return plan_.linear() && !plan_.scatter && segment.stop - segment.start <= 4;
+    const int64_t count = segment.stop - segment.start;
+    if (!plan_.linear() || plan_.scatter || count > 24) return false;
+    if (count <= 4 || segment.mask < 0) return count <= 8;
+    const int64_t weights = plan_.groups * plan_.group_weights();
+    if (count > 8 && weights * int64_t(sizeof(T)) < (int64_t(4) << 20)) return false;
+    // Estimated from about 4,000 of the bits.
+    const uint32_t* words = masks_.words + segment.mask * masks_.mask_words;
+    const int64_t step = masks_.mask_words / 128 | 1;
+    int64_t kept = 0, bits = 0;
+    for (int64_t i = 0; i < masks_.mask_words; i += step) kept += __builtin_popcount(words[i]), bits += 32;
+    return kept * 100 >= bits * 45;
   }
 
   // What one group of samples is divided into depends on its size and the shapes alone.
@@ -83,9 +105,9 @@ class Runner {
       return;
     }
     if (few(segments_[s])) {
-      // Rows in pieces of about 256 KiB of weights, for threads to share.
-      const int64_t each = std::max<int64_t>(64, (int64_t(256) << 10) / int64_t(sizeof(T)) /
-                                                     std::max<int64_t>(1, plan_.channels) / 64 * 64);
+      // Rows in pieces of about 128 KiB of weights, that stay in L2 while one mask after the other takes them.
+      const int64_t each = std::max<int64_t>(16, (int64_t(128) << 10) / int64_t(sizeof(T)) /
+                                                     std::max<int64_t>(1, plan_.channels) / 16 * 16);
       for (int64_t r = 0; r < plan_.rows; r += each)
         units_.push_back({s, start, count, Path::kFew, {r, std::min(each, plan_.rows - r), 0, true}});
       return;
@@ -97,6 +119,13 @@ class Runner {
         const int64_t here = std::min(each, count - i);
         units_.push_back({s, start + i, here, Path::kStrip, {0, 1, (here + L - 1) / L * L, true}});
       }
+      return;
+    }
+    if (plan_.pointwise()) {
+      // Whole planes one after another: as many columns as the registers hold, of short rows if need be.
+      const int64_t most = std::max<int64_t>(1, k_.block_columns / std::max<int64_t>(1, width));
+      const int64_t each = (count + (count + most - 1) / most - 1) / ((count + most - 1) / most);
+      for (int64_t i = 0; i < count; i += each) strips(s, start + i, std::min(each, count - i), 1, each, false);
       return;
     }
     int64_t done = 0;
@@ -113,8 +142,7 @@ class Runner {
     }
     if (done < count) {
       const int64_t each = std::max<int64_t>(1, std::min(count - done, 768 / std::max<int64_t>(1, plane)));
-      const int64_t rows = std::max<int64_t>(plan_.reach[0] + 1, std::min(768 / plan_.plane_width() + 1,
-                                                                          strip_rows(plan_, 1, sizeof(T), 1 << 19, 1)));
+      const int64_t rows = std::max<int64_t>(plan_.reach[0] + 1, strip_rows(plan_, 1, sizeof(T), 1 << 19, 1));
       for (int64_t i = done; i < count; i += each)
         strips(s, start + i, std::min(each, count - i), each > 1 ? height : rows, each, false);
     }
@@ -127,13 +155,17 @@ class Runner {
       units_.push_back({s, start, count, Path::kStrip, {h, std::min(each, height - h), samples, lanes}});
   }
 
+  // Without a division where there is nothing to divide by: these are taken for every row of every layer.
   const T* input(int64_t row) const {
+    if (batch_.inner == 1 && batch_.order)
+      return call_.x + batch_.order[row] * plan_.groups * plan_.channels * in_;
     const int64_t r = row / batch_.inner, rest = row % batch_.inner;
     const int64_t sample = batch_.order ? batch_.order[r] : r % batch_.samples;
     return call_.x + (sample * batch_.inner + rest) * plan_.groups * plan_.channels * in_;
   }
 
   T* output(int64_t row) const {
+    if (batch_.inner == 1) return call_.y + (batch_.order ? batch_.order[row] : row) * plan_.groups * plan_.rows * out_;
     const int64_t r = row / batch_.inner, rest = row % batch_.inner;
     const int64_t sample = batch_.order ? batch_.order[r] : r;
     return call_.y + (sample * batch_.inner + rest) * plan_.groups * plan_.rows * out_;
@@ -150,16 +182,15 @@ class Runner {
 
   // A wide linear layer on few samples reads more weights than inputs: then all of x is packed first, and each chunk of
   // the weight's rows passes all masks while it lies in L2. 2048 → 2048, 64 samples, 4 masks: 64 MB from L3 become 16.
-  static constexpr int64_t kChunkBytes = 128 << 10;
+  static constexpr int64_t kChunkBytes = 256 << 10;
 
   bool weight_bound() const {
     const int64_t weights = plan_.group_weights() * int64_t(sizeof(T));
     int64_t columns = 0;
     for (const Unit& unit : units_) {
-      if (unit.path != Path::kStrip) return false;
-      columns += unit.strip.samples;
+      if (unit.path == Path::kStrip) columns += unit.strip.samples;
     }
-    return plan_.linear() && plan_.groups == 1 && weights > 2 * kChunkBytes &&
+    return columns > 0 && plan_.linear() && plan_.groups == 1 && weights > 2 * kChunkBytes &&
            columns * plan_.channels * int64_t(sizeof(T)) <= 16 * weights;
   }
 
@@ -185,6 +216,7 @@ class Runner {
     // A tile of the weight, rows × inputs, stays in L2 while every mask passes it, and a mask's tile of x in L1.
     int64_t most = 1, tile_inputs = channels;
     for (const Segment& segment : segments_) {
+      if (!segment.structure) continue;
       most = std::max(most, segment.structure->at(plan_, 0, 0).tiles);
       tile_inputs = std::min(tile_inputs, segment.structure->tile_inputs);
     }
@@ -214,9 +246,14 @@ class Runner {
             m.w = weight(segment, 0) + row * plan_.row_stride();
             m.w_stride = plan_.channel_stride();
             m.w_row = plan_.row_stride();
-            if (chunk + 1 < end && !call_.weight_stride)
-              prefetch(row + rows, std::min(rows, plan_.rows - row - rows), step * units_.size() + u,
-                       most * units_.size());
+            if (!call_.weight_stride && (chunk + 1 < end || (step + 1 < most && !plan_.scatter))) {
+              const bool same = step + 1 < most && !plan_.scatter;
+              const int64_t next = same ? row : row + rows, tile = same ? step + 1 : 0;
+              const int64_t parts = units_.size() * (plan_.scatter ? most : 1);
+              prefetch(next, std::min(rows, plan_.rows - next), plan_.scatter ? 0 : channels * tile / most,
+                       plan_.scatter ? channels : channels * (tile + 1) / most,
+                       plan_.scatter ? step * units_.size() + u : u, parts);
+            }
             if (plan_.scatter) {
               // Columns of the weight, a power of two apart as often as not, would fall on the same few lines of L2.
               const int64_t mask = call_.weight_stride ? segment.mask : -1;
@@ -250,15 +287,15 @@ class Runner {
     });
   }
 
-  // Part `part` of `parts` of the weight's rows [row, row + rows) into L2, while the chunk before them is computed. The
-  // kernels' own order would find them in DRAM one line at a time: 6 GB/s instead of 22.
-  void prefetch(int64_t row, int64_t rows, int64_t part, int64_t parts) const {
+  // Part `part` of `parts` of rows [row, row + rows) and channels [from, to) of the weight into L2, while the tile before
+  // is computed. The kernels' own order would find them in DRAM one line at a time: 6 GB/s instead of 22.
+  void prefetch(int64_t row, int64_t rows, int64_t from, int64_t to, int64_t part, int64_t parts) const {
     const int64_t stride = plan_.scatter ? plan_.channel_stride() : plan_.row_stride();
-    const int64_t lines = plan_.scatter ? plan_.channels : rows, length = plan_.scatter ? rows : plan_.channels;
-    const char* from = reinterpret_cast<const char*>(call_.weight + row * plan_.row_stride());
+    const int64_t lines = plan_.scatter ? to - from : rows, length = plan_.scatter ? rows : to - from;
+    const char* first = reinterpret_cast<const char*>(call_.weight + row * plan_.row_stride() + from * plan_.channel_stride());
     for (int64_t l = lines * part / parts; l < lines * (part + 1) / parts; ++l)
       for (int64_t b = 0; b < length * int64_t(sizeof(T)); b += 64)
-        __builtin_prefetch(from + l * stride * int64_t(sizeof(T)) + b, 0, 2);
+        __builtin_prefetch(first + l * stride * int64_t(sizeof(T)) + b, 0, 2);
   }
 
   int64_t granules(int64_t columns) const { return (columns + k_.granule - 1) / k_.granule * k_.granule; }
@@ -297,6 +334,7 @@ class Runner {
         else
           strip(unit, segment);
       }
+      if (job_.stream_) k_.fence();
     }
 
    private:
@@ -316,14 +354,15 @@ class Runner {
         m.y_row = pixels;
         m.columns = pixels;
         m.segments = 1;
+        m.stream = job_.stream_ && m.kept.tiles == 1;
         k_.multiply(m);
       }
     }
 
     void few(const Unit& unit, const Segment& segment) {
       for (int64_t g = 0; g < plan_.groups; ++g) {
-        const T* x[8];
-        T* y[8];
+        const T* x[32];
+        T* y[32];
         const int64_t row = unit.strip.first;
         for (int64_t s = 0; s < unit.count; ++s) {
           x[s] = job_.input(unit.start + s) + g * plan_.channels;
@@ -371,27 +410,28 @@ class Runner {
       const Phase& phase = plan_.phases[0];
       const int64_t begin = std::max(unit.strip.first, phase.begin[0]);
       const int64_t end = std::min(unit.strip.first + unit.strip.height, phase.end[0]);
+      const T* bias = job_.bias(segment, 0);
+      Filter<T> m{};
+      m.x_row = plan_.plane_width();
+      m.y_row = plan_.out[1];
+      m.height = end - begin;
+      m.width = phase.end[1] - phase.begin[1];
+      m.stream = job_.stream_ && m.y_row % k_.lanes == 0 && m.width == m.y_row;
       for (int64_t g = 0; g < plan_.groups; ++g) {
         const T* plane = job_.input(unit.start) + g * job_.in_;
-        const T* x = packer_->pack(unit.strip, &plane, 1);
-        Filter<T> m{};
-        m.x_row = plan_.plane_width();
-        m.x = x + (begin - unit.strip.first) * m.x_row + phase.begin[1];
+        m.x = packer_->pack(unit.strip, &plane, 1) + (begin - unit.strip.first) * m.x_row + phase.begin[1];
         m.weights = values_.data() + taps_[g];
         m.at = at_.data() + taps_[g];
         m.taps = taps_[g + 1] - taps_[g];
-        m.bias = job_.call_.bias ? *job_.bias(segment, g) : T(0);
-        m.y_row = plan_.out[1];
+        m.bias = bias ? bias[g] : T(0);
         m.y = job_.output(unit.start) + g * job_.out_ + (begin + phase.shift[0]) * m.y_row + phase.begin[1] +
               phase.shift[1];
-        m.height = end - begin;
-        m.width = phase.end[1] - phase.begin[1];
         k_.filter(m);
       }
     }
 
     void prepare(const Strip& strip) {
-      if (ready_ && strip == strip_) return;
+      if (ready_ && strip.like(strip_)) return;
       ready_ = true;
       strip_ = strip;
       last_ = -1;
@@ -480,6 +520,7 @@ class Runner {
         place_unit_ = samples;
         place_run_ = run;
       }
+      const bool groups_of_vectors = rows * area % k_.lanes == 0;
       T* to[64];
       T* spare = dense ? nullptr : spare_.template take<T>(k_.lanes * area);
       for (int64_t lane = 0; lane < unit.count; lane += k_.lanes) {
@@ -489,7 +530,7 @@ class Runner {
             T* plane = job_.output(unit.start + lane + s) + (row + r) * job_.out_;
             to[s] = dense ? plane + (begin + phase.shift[0]) * plan_.out[1] : spare + s * area;
           }
-          k_.from_lanes({to, here, run, y + r * area * samples + lane, place_.data()});
+          k_.from_lanes({to, here, run, y + r * area * samples + lane, place_.data(), job_.stream_ && whole && groups_of_vectors});
           if (dense) continue;
           for (int64_t s = 0; s < here; ++s)
             spread(spare + s * area, width, phase, begin, height, width,
@@ -500,23 +541,23 @@ class Runner {
 
     void unpack_pixels(const Unit& unit, const Phase& phase, int64_t begin, int64_t height, int64_t width, const T* y,
                        int64_t y_row, int64_t row, int64_t rows) {
-      for (int64_t s = 0; s < unit.count; ++s)
+      for (int64_t s = 0; s < unit.count; ++s) {
+        if (plan_.pointwise()) {
+          k_.copy({y + s * width, y_row, 1, job_.output(unit.start + s) + row * width, width, 1, rows, width});
+          continue;
+        }
         for (int64_t r = 0; r < rows; ++r)
           spread(y + r * y_row + s * unit.strip.sample_plane(plan_), plan_.plane_width(), phase, begin, height, width,
                  job_.output(unit.start + s) + (row + r) * job_.out_);
+      }
     }
 
     // Places (height, width) of one plane, `line` apart, to their pixels.
     void spread(const T* from, int64_t line, const Phase& phase, int64_t begin, int64_t height, int64_t width,
                 T* plane) const {
-      for (int64_t h = 0; h < height; ++h) {
-        T* to = plane + ((begin + h) * phase.step[0] + phase.shift[0]) * plan_.out[1] +
-                phase.begin[1] * phase.step[1] + phase.shift[1];
-        if (phase.step[1] == 1)
-          std::memcpy(to, from + h * line, width * sizeof(T));
-        else
-          for (int64_t w = 0; w < width; ++w) to[w * phase.step[1]] = from[h * line + w];
-      }
+      T* to = plane + (begin * phase.step[0] + phase.shift[0]) * plan_.out[1] + phase.begin[1] * phase.step[1] +
+              phase.shift[1];
+      k_.copy({from, line, 1, to, phase.step[0] * plan_.out[1], phase.step[1], height, width});
     }
 
     const Runner& job_;
@@ -541,7 +582,11 @@ class Runner {
   const Masks& masks_;
   const Forward<T>& call_;
   const Kernels<T>& k_;
+  // Outputs of this many bytes are not in the caches when they are read next.
+  static constexpr int64_t kStream = int64_t(16) << 20;
+
   int64_t in_, out_;
+  bool stream_ = false;
   std::vector<Segment> segments_;
   std::vector<Unit> units_;
 };

@@ -97,7 +97,7 @@ class Gradient {
     if (width == 0) return;
     auto& packer = packers_[groups == groups_together(plan_, sizeof(T)) ? 0 : 1];
     if (!packer) packer = std::make_unique<Packer<T>>(plan_, groups * plan_.channels);
-    if (!plan_.pointwise() && (!ready_ || !(strip == strip_))) {
+    if (!plan_.pointwise() && (!ready_ || !strip.like(strip_))) {
       ready_ = true;
       strip_ = strip;
       table_ = offsets_of(plan_, phase, strip);

@@ -48,6 +48,7 @@ struct Multiply {
   int64_t segments;     // runs of columns, x_segment and y_segment apart
   int64_t x_segment;
   int64_t y_segment;
+  bool stream;          // y goes past the caches: all of it is aligned to whole vectors, and there is one tile
 };
 
 // g[r, j] += Σ_c dy[r][c] · x[j][c] over kept (r, j).
@@ -107,6 +108,44 @@ struct Lanes {
   int64_t length;
   T* lanes_at;
   const int64_t* place;
+  bool stream = false;  // rows written go past the caches: they are aligned to whole vectors
+};
+
+// to[r][w · to_step] = from[r][w · from_step] for `rows` rows of `width` elements, the rows to_row and from_row apart.
+template <class T>
+struct Copy {
+  const T* from;
+  int64_t from_row, from_step;
+  T* to;
+  int64_t to_row, to_step;
+  int64_t rows, width;
+};
+
+// even[r][w / 2] = from[r][w] for the even w below `width`, odd[r][w / 2] for the odd ones.
+template <class T>
+struct Split {
+  const T* from;
+  int64_t from_row;
+  T* even;
+  T* odd;
+  int64_t to_row;
+  int64_t rows, width;
+};
+
+// Rows of `width` elements, `row` apart, of one channel's planes; or with `columns` of several channels', where every
+// column has its own coefficients and sums.
+template <class T>
+struct Norm {
+  const T* x;
+  const T* dy;
+  T* y;
+  int64_t row, rows, width;
+  bool columns;
+  const T* a;
+  const T* b;
+  const T* c;
+  double* first;
+  double* second;
 };
 
 // One channel of one sample against its own filter: y[h][w] = bias + Σ_taps w[t] · x[h · x_row + at[t] + w · x_step].
@@ -122,6 +161,7 @@ struct Filter {
   int64_t y_row;
   int64_t height;
   int64_t width;  // x is readable up to a whole vector past it
+  bool stream;    // y goes past the caches: its rows are aligned to whole vectors, and whole
 };
 
 template <class T>
@@ -133,9 +173,17 @@ struct Kernels {
   void (*correlate)(const Correlate<T>&);
   void (*outer)(const Outer<T>&);
   void (*few)(const Few<T>&);
+  void (*fence)();  // after the last of a thread's results that went past the caches
   void (*to_lanes)(const Lanes<T>&);
   void (*from_lanes)(const Lanes<T>&);
+  void (*copy)(const Copy<T>&);
+  void (*split)(const Split<T>&);
   void (*filter)(const Filter<T>&);
+  void (*norm_sum)(const Norm<T>&);       // first += Σ x
+  void (*norm_squares)(const Norm<T>&);   // first += Σ (x − a)²
+  void (*norm_scale)(const Norm<T>&);     // y = x · a + b
+  void (*norm_products)(const Norm<T>&);  // first += Σ dy, second += Σ dy · (x − a)
+  void (*norm_grad)(const Norm<T>&);      // y = dy · a + x · b + c
 };
 
 struct Level {

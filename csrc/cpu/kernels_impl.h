@@ -2,6 +2,10 @@
 // Included once by each level_*.cpp, which is compiled with that instruction set's flags.
 #include "kernels.h"
 
+#if RTL_VECTOR_BYTES >= 32
+#include <immintrin.h>  // nothing but functions that are always inlined
+#endif
+
 #define RTL_INLINE inline __attribute__((always_inline))
 
 namespace rtl_kernels {
@@ -22,6 +26,23 @@ template <class T>
 RTL_INLINE void store(T* p, typename Vector<T>::type v) {
   *reinterpret_cast<typename Vector<T>::type*>(p) = v;
 }
+
+// Past the caches, for what is larger than they are: an ordinary store would first read what it overwrites.
+#if RTL_VECTOR_BYTES == 64
+RTL_INLINE void stream(float* p, Vector<float>::type v) { _mm512_stream_ps(p, (__m512)v); }
+RTL_INLINE void stream(double* p, Vector<double>::type v) { _mm512_stream_pd(p, (__m512d)v); }
+RTL_INLINE void fence() { _mm_sfence(); }
+#elif RTL_VECTOR_BYTES == 32
+RTL_INLINE void stream(float* p, Vector<float>::type v) { _mm256_stream_ps(p, (__m256)v); }
+RTL_INLINE void stream(double* p, Vector<double>::type v) { _mm256_stream_pd(p, (__m256d)v); }
+RTL_INLINE void fence() { _mm_sfence(); }
+#else
+template <class T>
+RTL_INLINE void stream(T* p, typename Vector<T>::type v) {
+  store(p, v);
+}
+RTL_INLINE void fence() {}
+#endif
 
 template <class T>
 RTL_INLINE typename Vector<T>::type splat(T value) {
@@ -53,6 +74,22 @@ RTL_INLINE Half<double>::type low(const Vector<double>::type& v) {
 #else
   return *reinterpret_cast<const Half<double>::type*>(&v);
 #endif
+}
+
+// Every second element of a and b, from element First on.
+template <class V, int L, int First>
+RTL_INLINE V every_second(V a, V b) {
+#define RTL_E(i) First + 2 * (i)
+  if constexpr (L == 16)
+    return __builtin_shufflevector(a, b, RTL_E(0), RTL_E(1), RTL_E(2), RTL_E(3), RTL_E(4), RTL_E(5), RTL_E(6), RTL_E(7),
+                                   RTL_E(8), RTL_E(9), RTL_E(10), RTL_E(11), RTL_E(12), RTL_E(13), RTL_E(14), RTL_E(15));
+  else if constexpr (L == 8)
+    return __builtin_shufflevector(a, b, RTL_E(0), RTL_E(1), RTL_E(2), RTL_E(3), RTL_E(4), RTL_E(5), RTL_E(6), RTL_E(7));
+  else if constexpr (L == 4)
+    return __builtin_shufflevector(a, b, RTL_E(0), RTL_E(1), RTL_E(2), RTL_E(3));
+  else
+    return __builtin_shufflevector(a, b, RTL_E(0), RTL_E(1));
+#undef RTL_E
 }
 
 template <class T>
@@ -161,7 +198,10 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
             s += load(out + v * L);
           else if (m.bias)
             s += splat(m.bias[r0 + r]);
-          store(out + v * L, s);
+          if (m.stream)
+            stream(out + v * L, s);
+          else
+            store(out + v * L, s);
         }
         if (H) {
           typename Half<T>::type* end = reinterpret_cast<typename Half<T>::type*>(out + V * L);
@@ -252,50 +292,205 @@ void multiply(const Multiply<T>& m) {
   }
 }
 
+// ---- a mask's bits on vectors; i, the place of a row's first lane, is a multiple of the lanes, which divide 32
+
+#if RTL_VECTOR_BYTES == 64
+typedef uint16_t Part16 __attribute__((may_alias));
+typedef uint8_t Part8 __attribute__((may_alias));
+
+// The lanes that the row's words keep, zero elsewhere, whatever stands there.
+template <class T>
+RTL_INLINE typename Vector<T>::type kept(typename Vector<T>::type v, const uint32_t* words, uint64_t i) {
+  if constexpr (sizeof(T) == 4)
+    return (typename Vector<T>::type)_mm512_maskz_mov_ps(reinterpret_cast<const Part16*>(words)[i / 16], (__m512)v);
+  else
+    return (typename Vector<T>::type)_mm512_maskz_mov_pd(reinterpret_cast<const Part8*>(words)[i / 8], (__m512d)v);
+}
+RTL_INLINE Vector<float>::type load_kept(const float* w, const uint32_t* words, uint64_t i) {
+  return (Vector<float>::type)_mm512_maskz_loadu_ps(reinterpret_cast<const Part16*>(words)[i / 16], w + i);
+}
+RTL_INLINE Vector<double>::type load_kept(const double* w, const uint32_t* words, uint64_t i) {
+  return (Vector<double>::type)_mm512_maskz_loadu_pd(reinterpret_cast<const Part8*>(words)[i / 8], w + i);
+}
+#else
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  typedef uint32_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
+};
+template <>
+struct Bits<double> {
+  typedef uint64_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
+};
+template <class T>
+RTL_INLINE typename Vector<T>::type kept(typename Vector<T>::type v, const uint32_t* words, uint64_t i) {
+  typedef typename Bits<T>::type B;
+  B lane;
+#pragma GCC unroll 16
+  for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
+  const B bits = (B)((((words[i / 32] >> (i % 32)) - B{}) & lane) != 0);
+  return (typename Vector<T>::type)((B)v & bits);
+}
+template <class T>
+RTL_INLINE typename Vector<T>::type load_kept(const T* w, const uint32_t* words, uint64_t i) {
+  return kept<T>(load(w + i), words, i);
+}
+#endif
+
+// ---- transposes
+
+// Of 16 lanes: quarters of 128 bits, and elements of every quarter, interleaved.
+#define RTL_EVEN(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define RTL_ODD(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#define RTL_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define RTL_HIGH(a, b) __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define RTL_LOW2(a, b) __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define RTL_HIGH2(a, b) __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+
+// Square transpose of L vectors in log2(L) steps: step d swaps the off-diagonal d × d blocks.
+template <class V, int L, int D, int... I>
+RTL_INLINE void swap_blocks(V& a, V& b) {
+  const V low = __builtin_shufflevector(a, b, (I & D ? L + I - D : I)...);
+  b = __builtin_shufflevector(a, b, (I & D ? L + I : I + D)...);
+  a = low;
+}
+
+template <class T, int D>
+RTL_INLINE void transpose_step(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+  constexpr int L = Vector<T>::lanes;
+  typedef typename Vector<T>::type V;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (!(i & D)) {
+      if constexpr (L == 8)
+        swap_blocks<V, L, D, 0, 1, 2, 3, 4, 5, 6, 7>(v[i], v[i + D]);
+      else if constexpr (L == 4)
+        swap_blocks<V, L, D, 0, 1, 2, 3>(v[i], v[i + D]);
+      else
+        swap_blocks<V, L, D, 0, 1>(v[i], v[i + D]);
+    }
+  }
+}
+
+template <class T>
+RTL_INLINE void transpose(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+  constexpr int L = Vector<T>::lanes;
+  if constexpr (L == 16) {
+    // First the 4 × 4 quarters of 128 bits, then inside them: moves of quarters and interleavings alone, which need no
+    // index in a register.
+    typedef typename Vector<T>::type V;
+    V t[16];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const V a = RTL_EVEN(v[j], v[j + 4]), b = RTL_ODD(v[j], v[j + 4]);
+      const V c = RTL_EVEN(v[j + 8], v[j + 12]), d = RTL_ODD(v[j + 8], v[j + 12]);
+      t[j] = RTL_EVEN(a, c), t[4 + j] = RTL_EVEN(b, d), t[8 + j] = RTL_ODD(a, c), t[12 + j] = RTL_ODD(b, d);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < 16; q += 4) {
+      const V a = RTL_LOW(t[q], t[q + 1]), b = RTL_HIGH(t[q], t[q + 1]);
+      const V c = RTL_LOW(t[q + 2], t[q + 3]), d = RTL_HIGH(t[q + 2], t[q + 3]);
+      v[q] = RTL_LOW2(a, c), v[q + 1] = RTL_HIGH2(a, c), v[q + 2] = RTL_LOW2(b, d), v[q + 3] = RTL_HIGH2(b, d);
+    }
+  } else {
+    transpose_step<T, 1>(v);
+    if constexpr (L > 2) transpose_step<T, 2>(v);
+    if constexpr (L > 4) transpose_step<T, 4>(v);
+  }
+}
+
+// Lane l of the result is the sum of the lanes of v[l], added in a fixed order.
+template <class T>
+RTL_INLINE typename Vector<T>::type totals(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+  constexpr int L = Vector<T>::lanes;
+  typedef typename Vector<T>::type V;
+  if constexpr (L == 16) {
+    // Inside the quarters of 128 bits first, four vectors into one, then across the quarters.
+    V q[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V a = RTL_LOW(v[4 * i], v[4 * i + 1]) + RTL_HIGH(v[4 * i], v[4 * i + 1]);
+      const V b = RTL_LOW(v[4 * i + 2], v[4 * i + 3]) + RTL_HIGH(v[4 * i + 2], v[4 * i + 3]);
+      q[i] = RTL_LOW2(a, b) + RTL_HIGH2(a, b);
+    }
+    const V a = RTL_EVEN(q[0], q[1]) + RTL_ODD(q[0], q[1]), b = RTL_EVEN(q[2], q[3]) + RTL_ODD(q[2], q[3]);
+    return RTL_EVEN(a, b) + RTL_ODD(a, b);
+  } else {
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+      for (int l = 0; l < half; ++l) v[l] += v[l + half];
+    return v[0];
+  }
+}
+
 // ---- g = dy · xᵀ at kept positions
 
 // Q inputs of one pattern against its rows: Q · popcount(P) dot products along the columns at once, so that Q inputs
 // share each load of dy and the rows each load of x.
 template <class T, int Q, int P, bool Table>
 RTL_INLINE void dots(const Correlate<T>& m, int64_t start, const T* dy, T* g, const uint16_t* index) {
-  constexpr int L = Vector<T>::lanes;
-  typename Vector<T>::type sum[Q][kBlockRows];
+  constexpr int L = Vector<T>::lanes, R = __builtin_popcount(P);
+  typedef typename Vector<T>::type V;
+  // The lanes of as many sums as there are lanes are added up together, where most of those places are filled.
+  constexpr bool kTogether = L == 16 && Q * R <= L && Q * R >= 6;
+  V sum[kTogether ? L : Q * R];
   const T* x[Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
+  for (int i = 0; i < (kTogether ? L : Q * R); ++i) sum[i] = V{};
+#pragma GCC unroll 16
   for (int q = 0; q < Q; ++q) {
     const int64_t j = start + index[q];
     x[q] = m.x + (Table ? m.table[j].x : j * m.x_stride);
-#pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r) sum[q][r] = typename Vector<T>::type{};
   }
   for (int64_t s = 0; s < m.segments; ++s) {
     const T* d = dy + s * m.dy_segment;
     for (int64_t c = 0; c < m.columns; c += L) {
-      typename Vector<T>::type row[kBlockRows];
+      V row[R];
+      int n = 0;
 #pragma GCC unroll 4
       for (int r = 0; r < kBlockRows; ++r)
-        if (P >> r & 1) row[r] = load(d + r * m.dy_row + c);
-#pragma GCC unroll 4
+        if (P >> r & 1) row[n++] = load(d + r * m.dy_row + c);
+#pragma GCC unroll 16
       for (int q = 0; q < Q; ++q) {
-        const typename Vector<T>::type column = load(x[q] + s * m.x_segment + c);
+        const V column = load(x[q] + s * m.x_segment + c);
 #pragma GCC unroll 4
-        for (int r = 0; r < kBlockRows; ++r)
-          if (P >> r & 1) sum[q][r] += row[r] * column;
+        for (int r = 0; r < R; ++r) sum[q * R + r] += row[r] * column;
       }
     }
   }
+  T part[L];
+  if constexpr (kTogether) store(part, totals<T>(sum));
+#pragma GCC unroll 16
+  for (int q = 0; q < Q; ++q) {
+    int n = 0;
 #pragma GCC unroll 4
-  for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r)
-      if (P >> r & 1) g[r * m.g_row + start + index[q]] += total<T>(sum[q][r]);
+    for (int r = 0; r < kBlockRows; ++r) {
+      if (!(P >> r & 1)) continue;
+      const int at = q * R + n++;
+      T& to = g[r * m.g_row + start + index[q]];
+      if constexpr (kTogether)
+        to += part[at];
+      else
+        to += total<T>(sum[at]);
+    }
+  }
 }
 
 template <class T, int P, bool Table>
 __attribute__((noinline)) void correlate_bucket(const Correlate<T>& m, int64_t start, const T* dy, T* g,
                                                 const uint16_t* index, uint32_t count) {
 #if RTL_REGISTERS >= 32
-  for (; count >= 4; count -= 4, index += 4) dots<T, 4, P, Table>(m, start, dy, g, index);
+  constexpr int Q = Vector<T>::lanes == 16 ? 16 / __builtin_popcount(P) : 4;
+  for (; count >= Q; count -= Q, index += Q) dots<T, Q, P, Table>(m, start, dy, g, index);
+  if constexpr (Q > 8) {
+    if (count & 8) dots<T, 8, P, Table>(m, start, dy, g, index), index += 8;
+  }
+  if constexpr (Q > 4) {
+    if (count & 4) dots<T, 4, P, Table>(m, start, dy, g, index), index += 4;
+  }
   if (count & 2) dots<T, 2, P, Table>(m, start, dy, g, index), index += 2;
 #else
   for (; count >= 2; count -= 2, index += 2) dots<T, 2, P, Table>(m, start, dy, g, index);
@@ -370,16 +565,7 @@ RTL_INLINE void outer_tile(const Outer<T>& m, int64_t o, int64_t i) {
     for (int v = 0; v < V; ++v) {
       T* g = m.g + (o + r) * m.g_row + i + v * L;
       typename Vector<T>::type add = sum[r][v];
-      if (m.words) {
-        // i is a multiple of the lanes, which divide 32: a vector's bits lie in one word.
-        const int64_t at = i + v * L;
-        const uint32_t bits = m.words[(o + r) * m.words_row + at / 32] >> (at % 32);
-        T part[L];
-        store(part, add);
-#pragma GCC unroll 16
-        for (int l = 0; l < L; ++l) part[l] = bits >> l & 1 ? part[l] : T(0);
-        add = load(part);
-      }
+      if (m.words) add = kept<T>(add, m.words + (o + r) * m.words_row, i + v * L);
       store(g, load(g) + add);
     }
   }
@@ -413,76 +599,17 @@ void outer(const Outer<T>& m) {
   if (i < m.inputs) outer_rest(m, 0, m.rows, i, m.inputs - i);
 }
 
-// ---- samples as lanes
-
-// Square transpose of L vectors in log2(L) steps: step d swaps the off-diagonal d × d blocks.
-template <class V, int L, int D, int... I>
-RTL_INLINE void swap_blocks(V& a, V& b) {
-  const V low = __builtin_shufflevector(a, b, (I & D ? L + I - D : I)...);
-  b = __builtin_shufflevector(a, b, (I & D ? L + I : I + D)...);
-  a = low;
-}
-
-template <class T, int D>
-RTL_INLINE void transpose_step(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
-  constexpr int L = Vector<T>::lanes;
-  typedef typename Vector<T>::type V;
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    if (!(i & D)) {
-      if constexpr (L == 16)
-        swap_blocks<V, L, D, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(v[i], v[i + D]);
-      else if constexpr (L == 8)
-        swap_blocks<V, L, D, 0, 1, 2, 3, 4, 5, 6, 7>(v[i], v[i + D]);
-      else if constexpr (L == 4)
-        swap_blocks<V, L, D, 0, 1, 2, 3>(v[i], v[i + D]);
-      else
-        swap_blocks<V, L, D, 0, 1>(v[i], v[i + D]);
-    }
-  }
-}
-
-template <class T>
-RTL_INLINE void transpose(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
-  constexpr int L = Vector<T>::lanes;
-  transpose_step<T, 1>(v);
-  if constexpr (L > 2) transpose_step<T, 2>(v);
-  if constexpr (L > 4) transpose_step<T, 4>(v);
-  if constexpr (L > 8) transpose_step<T, 8>(v);
-}
-
 // ---- y = x · wᵀ of a few samples, inputs as lanes
 
-template <class T>
-struct Bits;
-template <>
-struct Bits<float> {
-  typedef uint32_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
-};
-template <>
-struct Bits<double> {
-  typedef uint64_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
-};
-
-// The weights a vector's bits keep, zero elsewhere, whatever stands there.
-template <class T>
-RTL_INLINE typename Vector<T>::type keep(typename Vector<T>::type w, uint32_t bits) {
-  typedef typename Bits<T>::type B;
-  B lane;
-#pragma GCC unroll 16
-  for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
-  const B kept = (B)(((bits - B{}) & lane) != 0);
-  return (typename Vector<T>::type)((B)w & kept);
-}
-
-// R rows × S samples: as many sums as a vector has lanes, so that one transpose adds up the lanes of all of them.
-template <class T, int R, int S>
-RTL_INLINE void few_tile(const Few<T>& m, int64_t o, int64_t s0) {
+// R rows × S samples of inputs [from, to): as many sums as a vector has lanes, whose lanes are then added up together.
+template <class T, int R, int S, bool Masked>
+RTL_INLINE void few_tile(const Few<T>& m, int64_t from, int64_t to, int64_t o, int64_t s0) {
   constexpr int L = Vector<T>::lanes;
+  typedef typename Vector<T>::type V;
   static_assert(R * S == L, "one sum a lane");
-  typename Vector<T>::type sum[L];
+  V sum[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) sum[i] = typename Vector<T>::type{};
+  for (int i = 0; i < L; ++i) sum[i] = V{};
   // Rows and samples that are not there repeat the last one; their sums are not stored.
   const T* w[R];
   const uint32_t* words[R];
@@ -491,49 +618,73 @@ RTL_INLINE void few_tile(const Few<T>& m, int64_t o, int64_t s0) {
   for (int r = 0; r < R; ++r) {
     const int64_t row = o + r < m.rows ? o + r : m.rows - 1;
     w[r] = m.w + row * m.w_row;
-    words[r] = m.words ? m.words + row * m.words_row : nullptr;
+    words[r] = Masked ? m.words + row * m.words_row : nullptr;
   }
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) x[s] = m.x[s0 + s < m.samples ? s0 + s : m.samples - 1];
-  int64_t i = 0;
-  for (; i + L <= m.inputs; i += L) {
-    typename Vector<T>::type column[S];
+  int64_t i = from;
+  for (; i + L <= to; i += L) {
+    V column[S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) column[s] = load(x[s] + i);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      typename Vector<T>::type value = load(w[r] + i);
-      if (m.words) value = keep<T>(value, words[r][i / 32] >> (i % 32));
+      const V value = Masked ? load_kept(w[r], words[r], i) : load(w[r] + i);
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) sum[r * S + s] += value * column[s];
+      for (int s = 0; s < S; ++s) sum[s * R + r] += value * column[s];
     }
   }
-  if (i < m.inputs) {
+  if (i < to) {
     T part[L];
-    typename Vector<T>::type column[S];
+    V column[S];
     for (int s = 0; s < S; ++s) {
-      for (int l = 0; l < L; ++l) part[l] = i + l < m.inputs ? x[s][i + l] : T(0);
+      for (int l = 0; l < L; ++l) part[l] = i + l < to ? x[s][i + l] : T(0);
       column[s] = load(part);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      for (int l = 0; l < L; ++l) part[l] = i + l < m.inputs ? w[r][i + l] : T(0);
-      typename Vector<T>::type value = load(part);
-      if (m.words) value = keep<T>(value, words[r][i / 32] >> (i % 32));
+      for (int l = 0; l < L; ++l)
+        part[l] = i + l < to && (!Masked || words[r][(i + l) / 32] >> ((i + l) % 32) & 1) ? w[r][i + l] : T(0);
+      const V value = load(part);
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) sum[r * S + s] += value * column[s];
+      for (int s = 0; s < S; ++s) sum[s * R + r] += value * column[s];
     }
   }
-  transpose<T>(sum);
-#pragma GCC unroll 16
-  for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 16
-    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-  T total[L];
-  store(total, sum[0]);
-  for (int r = 0; r < R && o + r < m.rows; ++r)
-    for (int s = 0; s < S && s0 + s < m.samples; ++s)
-      m.y[s0 + s][o + r] = total[r * S + s] + (m.bias ? m.bias[o + r] : T(0));
+  const V total = totals<T>(sum);
+  const T* bias = from ? nullptr : m.bias;
+  T part[L];
+  store(part, total);
+  if (o + R <= m.rows && s0 + S <= m.samples) {
+    typedef T Rows __attribute__((vector_size(R * sizeof(T)), aligned(sizeof(T)), may_alias));
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+      Rows* y = reinterpret_cast<Rows*>(m.y[s0 + s] + o);
+      Rows sums = *reinterpret_cast<const Rows*>(part + s * R);
+      if (from) sums += *y;
+      if (bias) sums += *reinterpret_cast<const Rows*>(bias + o);
+      *y = sums;
+    }
+    return;
+  }
+  for (int s = 0; s < S && s0 + s < m.samples; ++s)
+    for (int r = 0; r < R && o + r < m.rows; ++r) {
+      T& y = m.y[s0 + s][o + r];
+      y = part[s * R + r] + (from ? y : bias ? bias[o + r] : T(0));
+    }
+}
+
+template <class T, int R, int S>
+RTL_INLINE void few_rows(const Few<T>& m, int64_t s) {
+  // The inputs of S samples, in pieces that stay in L1.
+  const int64_t most = 4096 / S / int64_t(sizeof(T)) * 4, pieces = m.inputs ? (m.inputs + most - 1) / most : 1;
+  const int64_t each = (m.inputs / pieces + 63) / 32 * 32;
+  for (int64_t from = 0; from == 0 || from < m.inputs; from += each) {
+    const int64_t to = from + each < m.inputs ? from + each : m.inputs;
+    if (m.words)
+      for (int64_t o = 0; o < m.rows; o += R) few_tile<T, R, S, true>(m, from, to, o, s);
+    else
+      for (int64_t o = 0; o < m.rows; o += R) few_tile<T, R, S, false>(m, from, to, o, s);
+  }
 }
 
 template <class T>
@@ -542,66 +693,144 @@ void few(const Few<T>& m) {
   for (int64_t s = 0; s < m.samples;) {
     const int64_t left = m.samples - s;
     if (L >= 4 && left > 2) {
-      for (int64_t o = 0; o < m.rows; o += L / 4) few_tile<T, (L >= 4 ? L / 4 : L), (L >= 4 ? 4 : 1)>(m, o, s);
+      few_rows<T, (L >= 4 ? L / 4 : L), (L >= 4 ? 4 : 1)>(m, s);
       s += 4;
     } else if (left == 2) {
-      for (int64_t o = 0; o < m.rows; o += L / 2) few_tile<T, L / 2, 2>(m, o, s);
+      few_rows<T, L / 2, 2>(m, s);
       s += 2;
     } else {
-      for (int64_t o = 0; o < m.rows; o += L) few_tile<T, L, 1>(m, o, s);
+      few_rows<T, L, 1>(m, s);
       s += 1;
     }
   }
 }
 
+// ---- samples as lanes
+
 template <class T>
 void to_lanes(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
-  for (int64_t e = 0; e < m.length; e += L) {
-    const int64_t width = m.length - e < L ? m.length - e : L;
-    typename Vector<T>::type v[L];
-    if (m.count == L && width == L) {
+  typedef typename Vector<T>::type V;
+  int64_t e = 0;
+  for (; e + L <= m.length; e += L) {
+    V v[L];
+    if (m.count == L) {
 #pragma GCC unroll 16
       for (int s = 0; s < L; ++s) v[s] = load(m.rows[s] + e);
     } else {
-      T part[L * L];
-      for (int s = 0; s < L; ++s)
-        for (int i = 0; i < L; ++i) part[s * L + i] = s < m.count && i < width ? m.rows[s][e + i] : T(0);
+      V some[L];
+      for (int s = 0; s < m.count; ++s) some[s] = load(m.rows[s] + e);
+      for (int s = m.count; s < L; ++s) some[s] = V{};
 #pragma GCC unroll 16
-      for (int s = 0; s < L; ++s) v[s] = load(part + s * L);
+      for (int s = 0; s < L; ++s) v[s] = some[s];
     }
     transpose<T>(v);
-    if (width == L) {
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(m.lanes_at + m.place[e + i], v[i]);
-    } else {
-      T part[L * L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(part + i * L, v[i]);
-      for (int i = 0; i < width; ++i) store(m.lanes_at + m.place[e + i], load(part + i * L));
-    }
+    for (int i = 0; i < L; ++i) store(m.lanes_at + m.place[e + i], v[i]);
+  }
+  for (; e < m.length; ++e) {
+    T part[L];
+    for (int s = 0; s < L; ++s) part[s] = s < m.count ? m.rows[s][e] : T(0);
+    store(m.lanes_at + m.place[e], load(part));
   }
 }
 
 template <class T>
 void from_lanes(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
-  for (int64_t e = 0; e < m.length; e += L) {
-    const int64_t width = m.length - e < L ? m.length - e : L;
-    typename Vector<T>::type v[L];
+  typedef typename Vector<T>::type V;
+  int64_t e = 0;
+  for (; e + L <= m.length; e += L) {
+    V v[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) v[i] = load(m.lanes_at + m.place[i < width ? e + i : e]);
+    for (int i = 0; i < L; ++i) v[i] = load(m.lanes_at + m.place[e + i]);
     transpose<T>(v);
-    if (m.count == L && width == L) {
+    if (m.count == L && m.stream) {
+#pragma GCC unroll 16
+      for (int s = 0; s < L; ++s) stream(m.rows[s] + e, v[s]);
+    } else if (m.count == L) {
 #pragma GCC unroll 16
       for (int s = 0; s < L; ++s) store(m.rows[s] + e, v[s]);
     } else {
-      T part[L * L];
+      V some[L];
 #pragma GCC unroll 16
-      for (int s = 0; s < L; ++s) store(part + s * L, v[s]);
-      for (int64_t s = 0; s < m.count; ++s)
-        for (int64_t i = 0; i < width; ++i) m.rows[s][e + i] = part[s * L + i];
+      for (int s = 0; s < L; ++s) some[s] = v[s];
+      for (int s = 0; s < m.count; ++s) store(m.rows[s] + e, some[s]);
     }
+  }
+  for (; e < m.length; ++e) {
+    T part[L];
+    store(part, load(m.lanes_at + m.place[e]));
+    for (int s = 0; s < m.count; ++s) m.rows[s][e] = part[s];
+  }
+}
+
+// ---- copies of short rows, for which a call of memcpy each would cost more than the bytes
+
+template <class T, int Bytes>
+RTL_INLINE void copy_bytes(const T* from, T* to) {
+  typedef char V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));
+  *reinterpret_cast<V*>(to) = *reinterpret_cast<const V*>(from);
+}
+
+// Rows of N to 2 · N bytes: the first N and the last N of each.
+template <class T, int N>
+RTL_INLINE void copy_rows(const T* from, int64_t from_row, T* to, int64_t to_row, int64_t rows, int64_t width) {
+  const int64_t last = width - N / int64_t(sizeof(T));
+  if (last == 0) {
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < rows; ++r) copy_bytes<T, N>(from + r * from_row, to + r * to_row);
+  } else {
+#pragma GCC unroll 2
+    for (int64_t r = 0; r < rows; ++r) {
+      copy_bytes<T, N>(from + r * from_row, to + r * to_row);
+      copy_bytes<T, N>(from + r * from_row + last, to + r * to_row + last);
+    }
+  }
+}
+
+template <class T>
+void copy(const Copy<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  const T* from = m.from;
+  T* to = m.to;
+  if (m.from_step == 1 && m.to_step == 1) {
+    const int64_t bytes = m.width * int64_t(sizeof(T));
+    if (bytes < int64_t(sizeof(T))) return;
+    if (bytes < 8)
+      copy_rows<T, (sizeof(T) < 8 ? sizeof(T) : 8)>(from, m.from_row, to, m.to_row, m.rows, m.width);
+    else if (bytes < 16)
+      copy_rows<T, 8>(from, m.from_row, to, m.to_row, m.rows, m.width);
+    else if (bytes < 32)
+      copy_rows<T, 16>(from, m.from_row, to, m.to_row, m.rows, m.width);
+    else if (bytes < 64)
+      copy_rows<T, 32>(from, m.from_row, to, m.to_row, m.rows, m.width);
+    else
+      for (int64_t r = 0; r < m.rows; ++r, from += m.from_row, to += m.to_row) {
+        for (int64_t w = 0; w + L < m.width; w += L) store(to + w, load(from + w));
+        store(to + m.width - L, load(from + m.width - L));
+      }
+    return;
+  }
+  for (int64_t r = 0; r < m.rows; ++r, from += m.from_row, to += m.to_row)
+    for (int64_t w = 0; w < m.width; ++w) to[w * m.to_step] = from[w * m.from_step];
+}
+
+template <class T>
+void split(const Split<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  typedef typename Vector<T>::type V;
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const T* from = m.from + r * m.from_row;
+    T* even = m.even + r * m.to_row;
+    T* odd = m.odd + r * m.to_row;
+    int64_t w = 0;
+    for (; w + 2 * L <= m.width; w += 2 * L) {
+      const V a = load(from + w), b = load(from + w + L);
+      store(even + w / 2, every_second<V, L, 0>(a, b));
+      store(odd + w / 2, every_second<V, L, 1>(a, b));
+    }
+    for (; w < m.width; ++w) (w % 2 ? odd : even)[w / 2] = from[w];
   }
 }
 
@@ -621,7 +850,10 @@ RTL_INLINE void filter_rows(const Filter<T>& m, int64_t h, int64_t w) {
     for (int r = 0; r < H; ++r) sum[r] += value * load(at + r * m.x_row);
   }
   T* y = m.y + h * m.y_row + w;
-  if (m.width - w >= L) {
+  if (m.stream) {
+#pragma GCC unroll 8
+    for (int r = 0; r < H; ++r) stream(y + r * m.y_row, sum[r]);
+  } else if (m.width - w >= L) {
 #pragma GCC unroll 8
     for (int r = 0; r < H; ++r) store(y + r * m.y_row, sum[r]);
   } else {
@@ -645,10 +877,19 @@ void filter(const Filter<T>& m) {
   }
 }
 
+}  // namespace RTL_LEVEL
+}  // namespace rtl_kernels
+
+#include "norm_impl.h"
+
+namespace rtl_kernels {
+namespace RTL_LEVEL {
+
 template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
-          multiply<T>,      correlate<T>, outer<T>, few<T>, to_lanes<T>, from_lanes<T>, filter<T>};
+          multiply<T>,      correlate<T>, outer<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>,
+          norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 
 }  // namespace RTL_LEVEL

@@ -84,8 +84,9 @@ struct Strip {
   int64_t samples = 0;  // room for
   bool lanes = false;
 
-  friend bool operator==(const Strip& a, const Strip& b) {
-    return a.first == b.first && a.height == b.height && a.samples == b.samples && a.lanes == b.lanes;
+  // Whether everything lies at the same distances.
+  bool like(const Strip& other) const {
+    return height == other.height && samples == other.samples && lanes == other.lanes;
   }
 
   int64_t rows(const Plan& plan) const { return height + plan.reach[0]; }
@@ -140,7 +141,7 @@ class Packer {
 
   // rows[s] points at the first of `channels` planes of sample s.
   T* pack(const Strip& strip, const T* const* rows, int64_t count) {
-    if (!ready_ || !(strip == strip_)) prepare(strip);
+    prepare(strip);
     if (strip.lanes)
       pack_lanes(rows, count);
     else
@@ -150,16 +151,22 @@ class Packer {
 
  private:
   void prepare(const Strip& strip) {
+    // Input rows [top, bottom) fall into the strip.
+    const int64_t s = plan_.plane_stride[0], above = strip.first * s - plan_.lead[0];
+    const int64_t top = std::max<int64_t>(0, above);
+    const int64_t bottom = std::max(top, std::min(plan_.in[0], (strip.first + strip.rows(plan_)) * s - plan_.lead[0]));
+    const bool same = ready_ && strip.like(strip_) && top - above == top_ - above_ && bottom - top == bottom_ - top_;
     strip_ = strip;
+    above_ = above;
+    top_ = top;
+    bottom_ = bottom;
+    if (same) return;
     ready_ = true;
     const int64_t size = strip.size(plan_, channels_);
     x_ = scratch_.take<T>(size);
-    std::memset(x_, 0, size * sizeof(T));
-    // Input rows [top, bottom) fall into the strip.
-    const int64_t s = plan_.plane_stride[0];
-    top_ = std::max<int64_t>(0, strip.first * s - plan_.lead[0]);
-    bottom_ = std::min(plan_.in[0], (strip.first + strip.rows(plan_)) * s - plan_.lead[0]);
-    bottom_ = std::max(top_, bottom_);
+    // Whole planes of whole vectors leave no gaps to be zero.
+    const int64_t whole = plan_.pointwise() && strip.lanes ? channels_ * strip.channel(plan_) : 0;
+    std::memset(x_ + whole, 0, (size - whole) * sizeof(T));
     if (!strip.lanes) return;
     whole_ = top_ == 0 && bottom_ == plan_.in[0];
     const int64_t pixels = (bottom_ - top_) * plan_.in[1];
@@ -213,39 +220,42 @@ class Packer {
     return shifted_.data();
   }
 
-  template <int Step>
-  static void every(T* __restrict to, const T* __restrict from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i * Step];
-  }
-
   void pack_pixels(const T* const* rows, int64_t count) {
+    const Kernels<T>& k = kernels<T>();
     const int64_t width = plan_.in[1], image = plan_.in[0] * width, across = plan_.plane_width();
-    const int64_t sh = plan_.plane_stride[0], sw = plan_.plane_stride[1], left = plan_.lead[1];
-    for (int64_t c = 0; c < channels_; ++c) {
-      for (int64_t s = 0; s < count; ++s) {
-        const T* from = rows[s] + c * image;
-        T* to = x_ + c * strip_.channel(plan_) + s * strip_.sample_plane(plan_);
-        for (int64_t h = top_; h < bottom_; ++h) {
-          const int64_t q = h + plan_.lead[0], row = q / sh - strip_.first;
-          if (row < 0 || row >= strip_.rows(plan_)) continue;
-          const T* line = from + h * width;
-          T* out = to + q % sh * sw * strip_.plane(plan_) + row * across;
-          if (sw == 1) {
-            const int64_t run = std::min(width, across - left);
-            if (run > 0) std::memcpy(out + left, line, run * sizeof(T));
-            continue;
+    if (plan_.pointwise()) {
+      for (int64_t s = 0; s < count; ++s)
+        k.copy({rows[s], width, 1, x_ + s * across, strip_.channel(plan_), 1, channels_, width});
+      return;
+    }
+    // Pixels (h, w) with (h + top) mod sh = a and (w + left) mod sw = b fall into plane (a, b).
+    const int64_t sh = plan_.plane_stride[0], sw = plan_.plane_stride[1];
+    for (int64_t a = 0; a < sh; ++a) {
+      const int64_t h = top_ + ((a - plan_.lead[0] - top_) % sh + sh) % sh, row = (h + plan_.lead[0]) / sh - strip_.first;
+      const int64_t height = std::min((bottom_ - h + sh - 1) / sh, strip_.rows(plan_) - row);
+      if (height > 0 && sw == 2 && plan_.lead[1] + width <= 2 * across) {
+        // Both planes in one reading: column w goes to plane (w + left) mod 2, at (w + left) / 2.
+        const int64_t left = plan_.lead[1];
+        T* plane[2] = {x_ + a * sw * strip_.plane(plan_) + row * across,
+                       x_ + (a * sw + 1) * strip_.plane(plan_) + row * across};
+        T* even = plane[left % 2] + left / 2;
+        T* odd = plane[(left + 1) % 2] + (left + 1) / 2;
+        for (int64_t c = 0; c < channels_; ++c)
+          for (int64_t s = 0; s < count; ++s) {
+            const int64_t to = c * strip_.channel(plan_) + s * strip_.sample_plane(plan_);
+            k.split({rows[s] + c * image + h * width, sh * width, even + to, odd + to, across, height, width});
           }
-          for (int64_t b = 0; b < sw; ++b) {
-            // Pixels w with (w + left) mod sw = b, the first of them at or after 0.
-            const int64_t w0 = ((b - left) % sw + sw) % sw;
-            T* run = out + b * strip_.plane(plan_) + (w0 + left) / sw;
-            const int64_t count = std::min(across - (w0 + left) / sw, (width - w0 + sw - 1) / sw);
-            if (sw == 2)
-              every<2>(run, line + w0, count);
-            else
-              for (int64_t i = 0; i < count; ++i) run[i] = line[w0 + i * sw];
-          }
-        }
+        continue;
+      }
+      for (int64_t b = 0; b < sw; ++b) {
+        const int64_t w = ((b - plan_.lead[1]) % sw + sw) % sw, column = (w + plan_.lead[1]) / sw;
+        const int64_t run = std::min(across - column, (width - w + sw - 1) / sw);
+        if (height <= 0 || run <= 0) continue;
+        T* to = x_ + (a * sw + b) * strip_.plane(plan_) + row * across + column;
+        for (int64_t c = 0; c < channels_; ++c)
+          for (int64_t s = 0; s < count; ++s)
+            k.copy({rows[s] + c * image + h * width + w, sh * width, sw,
+                    to + c * strip_.channel(plan_) + s * strip_.sample_plane(plan_), across, 1, height, run});
       }
     }
   }
@@ -255,7 +265,7 @@ class Packer {
   Strip strip_;
   bool ready_ = false;
   bool whole_ = false;
-  int64_t top_ = 0, bottom_ = 0;
+  int64_t above_ = 0, top_ = 0, bottom_ = 0;
   Scratch scratch_;
   T* x_ = nullptr;
   std::vector<int64_t> place_, shifted_;

@@ -17,7 +17,7 @@ namespace {
 int64_t tile_inputs(const Plan& plan, int64_t kept) {
   const int64_t inputs = std::max<int64_t>(1, plan.channels * plan.taps);
   const int64_t weights = plan.groups * plan.rows * inputs;
-  const int64_t most = plan.taps > 1 ? (kept * 100 >= weights * 35 ? 288 : 576) : kept * 100 >= weights * 35 ? 320 : 512;
+  const int64_t most = plan.taps > 1 ? 144 : kept * 100 >= weights * 35 ? 320 : 512;
   const int64_t tiles = (inputs + most - 1) / most;
   return (inputs + tiles - 1) / tiles;
 }
@@ -36,8 +36,8 @@ std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words
   Structure& s = *structure;
   s.kept = count_bits(plan, words, words_row);
   s.tile_inputs = tile_inputs(plan, s.kept);
-  // Fewer than 24 inputs a row on average (and phase): see kBlockRows.
-  s.block_rows = s.kept < 24 * plan.groups * plan.rows * int64_t(plan.phases.size()) ? 1 : kBlockRows;
+  // Fewer than 6 inputs a row on average (and phase): see kBlockRows.
+  s.block_rows = s.kept < 6 * plan.groups * plan.rows * int64_t(plan.phases.size()) ? 1 : kBlockRows;
   const int64_t blocks = (plan.rows + s.block_rows - 1) / s.block_rows;
   std::vector<uint8_t> pattern(s.tile_inputs);
   for (int64_t group = 0; group < plan.groups; ++group) {

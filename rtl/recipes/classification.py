@@ -15,17 +15,20 @@ import torch
 from torch import nn
 
 import rtl.models
-from rtl import baselines
+from rtl import baselines, examples, route
 from rtl.data import Data, cifar10, data_root, digits
 from rtl.diagnose import diagnose, similarity
 from rtl.errors import InputError
-from rtl.evaluate import evaluate
+from rtl.evaluate import evaluate, ticket_scores
 from rtl.extract import Extraction, PrunePlan, extract_all
 from rtl.fit import Fit, masked_copy
 from rtl.partition import Partition, by_label, whole
+from rtl.predict import Inputs
+from rtl.report import insights
 from rtl.retrain import retrain
 from rtl.run import Artefact, Run
 from rtl.tasks import MultiClass, OneVsRest
+from rtl.tensorboard import Board
 from rtl.tickets import TicketMasks, TicketNetwork, Tickets
 
 Method = Literal["rtl", "imp_single", "imp_multiple", "dense"]
@@ -52,6 +55,7 @@ class Classification:
             twice as many, so that all see equally many samples.
         retrain_epochs: likewise of joint retraining.
         batch_size, lr, schedule, batch_norm: as in `rtl.Fit`.
+        stop_on_collapse: as in `rtl.PrunePlan`.
     """
 
     recipe: str
@@ -69,6 +73,7 @@ class Classification:
     lr: float
     schedule: Literal["sequential", "mixed"] = "sequential"
     batch_norm: Literal["per_ticket", "shared"] = "per_ticket"
+    stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seeds", "methods", "sparsities"):
@@ -82,12 +87,13 @@ class Classification:
 
     @property
     def plan(self) -> PrunePlan:
-        return PrunePlan(self.remove, max(self.sparsities), self.sparsities)
+        return PrunePlan(self.remove, max(self.sparsities), self.sparsities, self.stop_on_collapse)
 
     def variant(self, method: Method) -> str:
         """What differs from the defaults in a method's training, as the results' "variant" says it."""
-        settings = {"rtl": ("schedule", "batch_norm"), "imp_multiple": ("batch_norm",)}.get(method, ())
-        defaults = {"schedule": "sequential", "batch_norm": "per_ticket"}
+        tickets = ("batch_norm", "stop_on_collapse")
+        settings = {"rtl": ("schedule", *tickets), "imp_multiple": tickets}.get(method, ())
+        defaults = {"schedule": "sequential", "batch_norm": "per_ticket", "stop_on_collapse": False}
         return ",".join(f"{name}={getattr(self, name)}" for name in settings if getattr(self, name) != defaults[name])
 
     def fit(self, method: Method, epochs: int) -> Fit:
@@ -151,6 +157,9 @@ class _Job:
     parts: Partition
     masks: TicketMasks
 
+    def key(self, stage: str) -> str:
+        return f"{stage}/{self.masks.sparsity:g}"
+
     def networks(self) -> list[TicketNetwork]:
         """Retrained, or loaded if they are; IMP multiple has one a ticket."""
         fit = self.config.fit(self.method, self.config.retrain_epochs)
@@ -160,19 +169,24 @@ class _Job:
         return [retrain(self.model, self.masks, self.parts, fit, self.run)]
 
 
-def run_classification(config: Classification, run: Run, train: Data, test: Data) -> tuple[list[Row], Details]:
+def run_classification(
+    config: Classification, run: Run, train: Data, test: Data, board: Board | None = None
+) -> tuple[list[Row], Details]:
     """Run the experiment, or resume it.
 
     Args:
         config: the recipe.
         run: its folder. Refused if it holds another configuration.
         train, test: what `load` gives.
+        board: gets curves and pictures on the way.
 
     The first seed's networks of tickets are left in `tickets/SPARSITY`, as `TicketNetwork.from_pretrained` reads them.
 
     Returns:
-        The rows of table.json, and the details: "per_class" metrics of every row, and the "similarity" matrices of the
-        first seed's tickets by sparsity.
+        The rows of table.json, and the details: "per_class" metrics of every row; of the first seed's tickets the
+        "similarity" matrices by sparsity, the "curve" of overlaps over all rounds and what
+        `rtl.report.insights` finds in it, and "examples" of right and wrong samples by sparsity; and of every seed the
+        "routing" of routers beside the oracle (`rtl.route.compare`).
 
     Raises:
         InputError: see `Run.configure` and the method's own functions.
@@ -184,6 +198,8 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     runs = {seed: run.child(f"seed-{seed}", seed) for seed in config.seeds}
     models = {seed: new_model(config, train, one) for seed, one in runs.items()}
 
+    if board is not None:
+        run.progress.listen(board.event)
     extractions: dict[tuple[int, Method], Extraction] = {}
     for seed, one in runs.items():
         needed: dict[Method, Partition] = {}
@@ -197,6 +213,10 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
             )
     # The single model's chain of rounds is as long as ten tickets': first, so that no core waits for it at the end.
     extract_all(sorted(extractions.values(), key=lambda e: len(e.parts)), run)
+
+    if board is not None:
+        for extraction in extractions.values():
+            board.tickets(extraction.run.name, extraction.tickets())
 
     jobs: list[_Job] = []
     found: dict[_Job, Tickets] = {}
@@ -216,7 +236,11 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     evaluations = run.map(work, range(len(jobs)), label="retrain and evaluate")
     for job in jobs:
         if job.method == "rtl" and job.run.seed == config.seeds[0]:
-            job.networks()[0].save_pretrained(run.path / "tickets" / f"{job.masks.sparsity:g}")
+            folder = run.path / "tickets" / f"{job.masks.sparsity:g}"
+            job.networks()[0].save_pretrained(folder)
+            Inputs.of(train).save(folder)
+            for router in _routers(job, test, job.networks()[0]):
+                router.save(folder)
     rows = [_row(job, found[job], done.info) for job, done in zip(jobs, evaluations, strict=True)]
     names = {"class_names": parts.names}
     per_class = [
@@ -226,7 +250,23 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     details: Details = names | {"per_class": per_class}
     first = next((job for job in jobs if job.method in ("rtl", "imp_multiple")), None)
     if first is not None:
-        details["similarity"] = {f"{level:g}": s.to_json() for level, s in diagnose(found[first]).items()}
+        diagnosis = diagnose(found[first])
+        details["similarity"] = {f"{level:g}": s.to_json() for level, s in diagnosis.items()}
+        stages = {f"{level:g}": curve for level, curve in found[first].stages.items()}
+        details |= insights(diagnosis.curve, stages=stages)
+    routed = [job for job in jobs if job.method == "rtl"]
+    if routed:
+        found_by = {job: job.run.load(job.key("route")).info for job in routed}
+        details["routing"] = [
+            {"sparsity": job.masks.sparsity, "seed": job.run.seed, "router": router} | values
+            for job, info in found_by.items()
+            for router, values in info["routing"].items()
+        ]
+        details["examples"] = {
+            f"{j.masks.sparsity:g}": found_by[j]["examples"] for j in routed if j.run.seed == config.seeds[0]
+        }
+    if board is not None:
+        board.results(rows, details)
     return rows, details
 
 
@@ -247,7 +287,23 @@ def _retrain_and_evaluate(jobs: Sequence[_Job], test: Data, _: Run, number: int)
             }
         )
 
-    return job.run.stage(f"evaluate/{job.masks.sparsity:g}", compute)
+    def route_and_pick() -> Artefact:
+        net, own = job.networks()[0], job.parts.apply(test)
+        routers = [route.by_confidence(net), route.by_centroid(net, job.parts)]
+        chosen = examples.pick(net.names, ticket_scores(net, test), route.numbers(net, own.index))
+        return Artefact(
+            info={"routing": route.compare(net, routers, own), "examples": examples.with_pictures(chosen, test)}
+        )
+
+    if job.method == "rtl":
+        job.run.stage(job.key("route"), route_and_pick)
+    return job.run.stage(job.key("evaluate"), compute)
+
+
+def _routers(job: _Job, test: Data, net: TicketNetwork) -> list[route.Router]:
+    """Routers to use with a network of tickets, calibrated on all of the test set, which no ticket was trained on."""
+    own = job.parts.apply(test)
+    return [r.calibrated(net, own) for r in (route.by_confidence(net), route.by_centroid(net, job.parts))]
 
 
 def _row(job: _Job, tickets: Tickets, evaluation: Mapping[str, Any]) -> Row:

@@ -137,6 +137,12 @@ CASES = {
     "3×3, one pixel": conv(7, 5, (3, 3), (1, 1), 40, options={"padding": 1}),
     "linear, two samples a mask": linear(35, 70, 6, index=[2, 0, 1, 1, 0, 2]),
     "linear, wide": linear(300, 270, 40),
+    "linear, up to eight samples a mask": linear(21, 150, 20, masks=4, index=[0] * 8 + [1] * 5 + [2] * 6 + [3]),
+    "linear, up to eight samples a sparse mask": linear(21, 150, 14, masks=2, index=[0] * 8 + [1] * 6, density=0.1),
+    "linear, weights past L2": linear(1025, 1030, 32, index=[0] * 23 + [1] * 9),
+    "1×1, planes of 3 pixels": conv(9, 7, (1, 1), (1, 3), 60),
+    "1×1, planes of 10 pixels": conv(9, 7, (1, 1), (2, 5), 45),
+    "1×1, planes of 21 pixels": conv(9, 7, (1, 1), (3, 7), 30),
     "3×3": conv(10, 9, (3, 3), (8, 7), 70, options={"padding": 1}),
     "3×3, few samples": conv(10, 9, (3, 3), (20, 31), 7, options={"padding": 1}),
     "3×3, many channels": conv(8, 70, (3, 3), (6, 6), 60, options={"padding": 1}),
@@ -394,3 +400,31 @@ def test_nothing_of_a_dense_call_differs_from_torch() -> None:
     weight = torch.randn(8, 20, 3, 3)
     y = rk.masked_conv2d(x, weight, rk.MaskBank.ones(1, weight.shape), rk.Route.build([-1] * 40, 1), backend="cpu")
     assert torch.allclose(y, F.conv2d(x, weight), atol=1e-4)
+
+
+PAST_THE_CACHES = {  # results of more than 16 MiB over both masks, less for one alone
+    "linear": linear(64, 20, 0, masks=2, index=[0, 1] * 34000),
+    "1×1 in place": conv(104, 16, (1, 1), (32, 32), 0, masks=2, index=[0, 1] * 22),
+    "1×1, many inputs": conv(104, 600, (1, 1), (32, 32), 0, masks=2, index=[0, 1] * 22),
+    "3×3": conv(16, 4, (3, 3), (30, 32), 0, masks=2, index=[0, 1] * 150, options={"padding": 1}),
+    "depthwise": conv(72, 72, (3, 3), (16, 16), 0, masks=2, index=[0, 1] * 130, options={"padding": 1, "groups": 72}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PAST_THE_CACHES)
+def test_results_larger_than_the_caches_have_the_bits_of_smaller_ones(name: str, dtype: torch.dtype) -> None:
+    case = PAST_THE_CACHES[name]
+    x, weight, bank, route, bias = case.tensors(dtype)
+    assert case.index is not None
+    own = torch.tensor(case.index) == 0
+    alone = rk.Route.build(torch.zeros(int(own.sum()), dtype=torch.int64), case.masks)
+    with torch.no_grad():
+        y = case.function(x, weight, bank, route, bias, **case.options, backend="cpu")
+        few = case.function(x[own], weight, bank, alone, bias, **case.options, backend="cpu")
+    assert few.nbytes < 16 << 20 < y.nbytes or dtype == torch.float64
+    assert torch.equal(y[own], few)
+    exact = case.function(
+        x[own][:3].double(), weight.double(), bank, rk.Route.build([0] * 3, case.masks), bias.double(), **case.options
+    )
+    torch.testing.assert_close(few[:3].double(), exact, rtol=1e-4, atol=1e-3)

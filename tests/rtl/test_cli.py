@@ -50,7 +50,9 @@ def finished(folder):
 # Help and lists
 
 
-@pytest.mark.parametrize("command", ["", "ls", "show", "run", "run digits", "run cifar10", "report"])
+@pytest.mark.parametrize(
+    "command", ["", "ls", "show", "run", "run digits", "run cifar10", "watch", "report", "predict"]
+)
 def test_help_has_an_example(capsys, command):
     code, out, err = call(capsys, *command.split(), "--help")
     assert code == 0
@@ -97,7 +99,7 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "required: ls | show | run | report"),
+        ("", "required: ls | show | run | watch | report | predict"),
         ("bogus", "'bogus'"),
         ("ls extra", "unrecognized arguments: extra"),
         ("show", "required: recipe (rtl show --help"),
@@ -139,12 +141,19 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
         ("report file", "run is 'file', which holds no finished results"),
         ("report done --to file", "give another path"),
         ("report empty --bogus", "--bogus"),
+        ("report done --semantics file", "semantics is given, but the run has no three tickets"),
+        ("watch nowhere", "run is 'nowhere', which holds no config.json"),
+        ("watch half --every 0", "every is 0.0, expected a number of seconds above 0"),
+        ("predict", "required: RUN, FILE (rtl predict --help"),
+        ("predict done", "required: FILE"),
+        ("predict nowhere x.png", "run is 'nowhere', which holds no tickets: finish its `rtl run`"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_status_2_and_nothing_is_written(capsys, folder, command, message):
     (folder / "file").write_text("x")
     (folder / "empty").mkdir()
     finished(folder / "done")
+    Run(folder / "half").configure({"a": 1})
     before = tree(folder), sorted(folder.rglob("*"))
     code, out, err = call(capsys, *command.split())
     assert code == 2
@@ -204,7 +213,9 @@ def test_report_prints_the_command_the_environment_and_the_table(capsys, folder)
     assert "rtl run digits" in out
     assert "0.900 ± 0.000" in out
     assert all(name in out for name in ("RTL", "BA thr.", "#Params"))
-    assert tree(folder) == before
+    after = tree(folder)
+    assert "rtl run digits" in after.pop("done/report.html").decode()
+    assert after == before
     assert (folder / "done/table.md").read_text() == markdown(summary(table["rows"]))
 
 
@@ -227,19 +238,66 @@ def test_report_draws_the_figures_again(capsys, folder):
     before = tree(folder)
     (folder / "done/figures/metric.png").unlink()
     call(capsys, "report", "done")
-    assert tree(folder) == before
+    after = tree(folder)
+    assert after.pop("done/report.html")
+    assert after == before
+
+
+def test_several_runs_are_one_page_and_each_ones_table(capsys, folder):
+    for name in ("one", "two"):
+        finished(folder / name)
+    readme = folder / "R.md"
+    readme.write_text("<!-- table: digits -->\n<!-- end -->\n")
+    before = tree(folder)
+    code, out, _ = call(capsys, "report", "one", "two", "--to", "both", "--into", "R.md")
+    assert code == 0
+    assert out.count("0.900 ± 0.000") == 2
+    after = tree(folder)
+    page = after.pop("both/report.html").decode()
+    assert page.count("<article><h3>one</h3>") == page.count("<article><h3>two</h3>") > 1
+    assert "RTL" in after.pop("R.md").decode()
+    del before["R.md"]
+    assert after == before
+
+
+def test_meaning_of_ones_own_is_set_against_sharing(capsys, folder):
+    finished(folder / "done")
+    details = json.loads((folder / "done/details.json").read_text())
+    curve = json.loads((Path(__file__).parent / "fixtures/curves/inr.json").read_text())
+    (folder / "done/details.json").write_text(json.dumps({**details, "curve": curve, "alarms": []}))
+    vectors = {"names": curve["names"], "embedding": [[k, 1] for k in range(5)]}
+    (folder / "meaning.json").write_text(json.dumps(vectors))
+    code, _, err = call(capsys, "report", "done", "--semantics", "meaning.json")
+    assert (code, err) == (0, "")
+    written = json.loads((folder / "done/details.json").read_text())["alignment"]
+    assert written["names"] == curve["names"]
+    assert (folder / "done/figures/alignment.png").is_file()
+    code, _, err = call(capsys, "report", "done", "--semantics", "nowhere")
+    assert code == 2
+    assert "semantics is 'nowhere', which cannot be used" in err
 
 
 def test_report_writes_results_and_the_configuration_elsewhere(capsys, folder):
     table = finished(folder / "done")
     Run(folder / "done").configure({"lr": 1})
+    (folder / "done/media/scene").mkdir(parents=True)
+    (folder / "done/media/scene/one.png").write_bytes(b"x")
     code, *_ = call(capsys, "report", "done", "--to", "results/digits")
     assert code == 0
     assert json.loads((folder / "results/digits/table.json").read_text()) == table
     written = {
         str(f.relative_to(folder / "results/digits")) for f in (folder / "results/digits").rglob("*") if f.is_file()
     }
-    assert written == {"table.json", "details.json", "table.md", "figures/metric.png", "config.json"}
+    assert written == {
+        "table.json",
+        "details.json",
+        "table.md",
+        "figures/metric.png",
+        "config.json",
+        "media/scene/one.png",
+        "report.html",
+    }
+    assert "data:image/png;base64,eA==" in (folder / "results/digits/report.html").read_text()
 
 
 def test_report_of_an_unfinished_run_says_to_finish_it(capsys, folder):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import rtl_kernels as rk
-from rtl.diagnose import Similarity, diagnose, mean_to_others, similarity
+from rtl.curve import mean_to_others
+from rtl.diagnose import Similarity, diagnose, similarity
 from rtl.tickets import TicketMasks, Tickets
 
 
@@ -59,6 +60,9 @@ def test_every_reported_sparsity_is_diagnosed():
     assert list(found) == [0.25, 0.5]
     for s in levels:
         assert torch.equal(found[s].matrix, similarity(levels[s]).matrix)
+    assert len(found.curve) == 2  # no rounds are known: the reported sparsities
+    assert torch.equal(found.curve.jaccard()[1], found[0.5].matrix)
+    assert (found.alarms, found.layer_alarms) == ([], [])
 
 
 def test_it_goes_through_json_unchanged():

@@ -1,11 +1,16 @@
 """rtl.plots: what the figures show, read from the figures themselves."""
 
+import dataclasses
+
 import matplotlib
 import pytest
 import torch
 from test_report import row
 
 from rtl import plots
+from rtl.alignment import alignment
+from rtl.collapse import Alarm
+from rtl.curve import Curve
 from rtl.diagnose import Similarity
 
 matplotlib.use("Agg")
@@ -51,15 +56,26 @@ def test_one_seed_at_one_sparsity_is_drawn():
     assert list(lines(figure.axes[0])["RTL"].get_ydata()) == [0.9]
 
 
-def test_similarity_is_a_line_for_each_ticket_and_what_chance_gives():
-    figure = plots.similarity_against_sparsity({0.75: level(0.4), 0.5: level(0.6)})
+def curve(k=3, layers=2):
+    """Two rounds of masks over layers of 100 weights: 50, then 25 kept, 40 and 20 of them shared."""
+    both = torch.stack([torch.full((k, k), shared).fill_diagonal_(kept) for kept, shared in ((50, 40), (25, 20))])
+    names = [f"layer{n}" for n in range(layers)]
+    return Curve(tuple("abcdefghijklmno"[:k]), dict.fromkeys(names, 100), dict.fromkeys(names, both))
+
+
+def test_similarity_is_a_line_for_each_ticket_between_both_baselines_with_its_alarm():
+    alarm = Alarm("b", None, "spike", 1, 0.75, 0, 0.5)
+    figure = plots.similarity_against_sparsity(curve(), [alarm, dataclasses.replace(alarm, ticket="c", layer="layer0")])
     drawn = lines(figure.axes[0])
-    assert drawn.keys() == {"a", "b", "c", "independent masks"}
+    assert {"a", "b", "c", "independent masks", "identical masks"} <= drawn.keys()
     assert list(drawn["b"].get_xdata()) == [0.5, 0.75]
-    assert list(drawn["b"].get_ydata()) == pytest.approx([0.6, 0.4])
-    chance = drawn["independent masks"].get_ydata()
-    assert chance[0] == pytest.approx(0.5 / (2 - 0.5))
-    assert chance[-1] == pytest.approx(0.25 / (2 - 0.25))
+    assert list(drawn["b"].get_ydata()) == pytest.approx([40 / 60, 20 / 30])
+    assert list(drawn["independent masks"].get_ydata()) == pytest.approx([0.5 / 1.5, 0.25 / 1.75])
+    assert list(drawn["identical masks"].get_ydata()) == [1, 1]
+    crosses = [line for line in figure.axes[0].get_lines() if line.get_marker() == "x"]
+    assert [(list(c.get_xdata()), list(c.get_ydata())) for c in crosses] == [([0.75], [pytest.approx(20 / 30)])]
+    assert crosses[0].get_color() == drawn["b"].get_color()
+    assert lines(figure.axes[1]).keys() >= {"layer0", "layer1"}
 
 
 def test_similarity_by_depth_shows_all_layers_together_and_some_from_the_first_to_the_last():
@@ -77,15 +93,13 @@ def test_similarity_by_depth_shows_all_layers_together_and_some_from_the_first_t
 @pytest.mark.parametrize(("k", "layers"), [(1, 1), (2, 2), (3, 1)])
 def test_few_tickets_and_few_layers_are_drawn(k, layers, tmp_path):
     plots.save(plots.similarity_by_depth(level(0.5, k, layers), 0.5), tmp_path / "depth.png")
-    plots.save(plots.similarity_against_sparsity({0.5: level(0.5, k, layers)}), tmp_path / "similarity.png")
+    plots.save(plots.similarity_against_sparsity(curve(k, layers)), tmp_path / "similarity.png")
     assert (tmp_path / "depth.png").stat().st_size > 5000
 
 
 def test_more_tickets_than_named_colours_are_told_apart():
-    matrix = torch.eye(12, dtype=torch.float64)
-    many = Similarity(tuple("abcdefghijkl"), matrix, {"w": matrix})
-    drawn = plots.similarity_against_sparsity({0.5: many}).axes[0].get_lines()
-    assert len({line.get_color() for line in drawn}) == 13
+    drawn = plots.similarity_against_sparsity(curve(12)).axes[0].get_lines()
+    assert len({str(line.get_color()) for line in drawn}) == 13
 
 
 def test_equal_figures_are_equal_files_and_are_closed(tmp_path):
@@ -95,3 +109,23 @@ def test_equal_figures_are_equal_files_and_are_closed(tmp_path):
         plots.save(plots.metric_against_sparsity([row()], {"accuracy": "accuracy"}), tmp_path / f"{name}.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert plt.get_fignums() == []
+
+
+def test_alignment_shows_meaning_the_first_and_last_layers_masks_and_both_over_depth(tmp_path):
+    masks = curve(4, layers=3)
+    masks.overlaps["layer2"][1, 0, 1] = masks.overlaps["layer2"][1, 1, 0] = 5
+    meaning = torch.eye(4, dtype=torch.float64)
+    meaning[0, 2] = meaning[2, 0] = 0.5
+    found = alignment(masks, meaning)
+    figure = plots.semantic_alignment(masks, found)
+    titles = ["similarity in meaning", "masks of layer0", "masks of layer2", "mask similarity over depth"]
+    assert [axis.get_title() for axis in figure.axes[:5]] == [*titles, "Spearman's ρ with meaning"]
+    assert float(figure.axes[0].get_images()[0].get_array()[0, 2]) == 0.5
+    assert float(figure.axes[2].get_images()[0].get_array()[0, 1]) == pytest.approx(5 / 45)
+    sharing, rho = lines(figure.axes[3])["75%"], lines(figure.axes[4])["75%"]
+    assert list(sharing.get_xdata()) == [1, 2, 3]
+    assert sharing.get_ydata()[0] == pytest.approx(20 / 30)
+    assert sharing.get_ydata()[2] == pytest.approx((5 * 20 / 30 + 5 / 45) / 6)
+    assert list(rho.get_ydata()) == pytest.approx(found.rho[1, 1:].tolist(), nan_ok=True)
+    plots.save(figure, tmp_path / "alignment.png")
+    assert (tmp_path / "alignment.png").stat().st_size > 5000

@@ -12,17 +12,20 @@ from safetensors.torch import load_file
 from toys import blobs, flat_masks, mlp, quiet, tree
 
 import rtl
-from rtl import baselines
+from rtl import baselines, route
+from rtl.curve import Curve
 from rtl.data import digits
 from rtl.errors import InputError
-from rtl.evaluate import evaluate
+from rtl.evaluate import evaluate, ticket_scores
 from rtl.extract import Extraction, PrunePlan, extract
 from rtl.fit import Fit, digest
 from rtl.partition import by_label, whole
+from rtl.predict import Inputs
 from rtl.recipes import RECIPES, Classification, recipe
 from rtl.recipes.classification import METHODS, load, new_model, run_classification
 from rtl.retrain import retrain
 from rtl.tasks import MultiClass
+from rtl.tickets import TicketNetwork
 
 # Baselines
 
@@ -263,6 +266,53 @@ def test_metrics_are_the_vocabularys_and_those_of_the_saved_network(experiment):
         row["metrics"]["similarity"]
         == rtl.diagnose(Extraction(model, by_label(train), SMALL.plan, fit, seed.child("rtl")).tickets())[0.5].mean
     )
+
+
+def test_details_hold_the_first_seeds_curve_over_all_rounds(experiment):
+    run, train, *_, details = experiment
+    seed = run.child("seed-0", 0)
+    model = new_model(SMALL, train, seed)
+    tickets = Extraction(model, by_label(train), SMALL.plan, SMALL.fit("rtl", 1), seed.child("rtl")).tickets()
+    curve = Curve.from_json(details["curve"])
+    assert torch.equal(curve.jaccard(), tickets.curve.jaccard())
+    assert len(curve) == len(SMALL.plan.rounds(32_400)) >= 2
+    assert torch.equal(curve.jaccard()[-1], torch.tensor(details["similarity"]["0.5"]["matrix"], dtype=torch.float64))
+    assert details["alarms"] == []
+
+
+def test_details_hold_every_seeds_routing_and_the_first_seeds_examples(experiment):
+    run, _, test, _, details = experiment
+    keys = {(one["seed"], one["sparsity"], one["router"]) for one in details["routing"]}
+    assert keys == {(s, p, r) for s in SMALL.seeds for p in (0.3, 0.5) for r in ("oracle", "confidence", "centroid")}
+    assert all(one["routing"] == 1 for one in details["routing"] if one["router"] == "oracle")
+    assert set(details["examples"]) == {"0.3", "0.5"}
+    net = TicketNetwork.from_pretrained(run.path / "tickets" / "0.5")
+    scores = ticket_scores(net, test)
+    for one in details["examples"]["0.5"]:
+        k = int(one["ticket"])
+        assert one["score"] == pytest.approx(float(scores[one["sample"], k]), abs=1e-5)
+        own, taken = int(test.targets[one["sample"]]) == k, one["score"] >= 0.5
+        assert one["kind"] == {(True, True): "right", (True, False): "missed", (False, True): "false alarm"}[own, taken]
+        assert one["own"] == str(int(test.targets[one["sample"]]))
+        assert one["picture"].startswith("data:image/png;base64,")
+
+
+def test_the_first_seeds_routers_are_left_beside_its_tickets(experiment):
+    run, train, test, *_ = experiment
+    place = run.path / "tickets" / "0.5"
+    net = TicketNetwork.from_pretrained(place)
+    for made in (route.by_confidence(net), route.by_centroid(net, by_label(train))):
+        expected = made.calibrated(net, by_label(train).apply(test))
+        kept = route.Router.load(place, made.method)
+        assert torch.equal(kept(net, test).ticket, expected(net, test).ticket)
+    assert Inputs.load(place) == Inputs.of(train)
+
+
+def test_stopping_on_collapse_is_a_setting_and_a_variant():
+    config = dataclasses.replace(SMALL, stop_on_collapse=True)
+    assert config.plan == dataclasses.replace(SMALL.plan, stop_on_collapse=True)
+    assert config.variant("rtl") == config.variant("imp_multiple") == "stop_on_collapse=True"
+    assert config.variant("imp_single") == config.variant("dense") == SMALL.variant("rtl") == ""
 
 
 def test_details_hold_per_class_metrics_of_every_row_and_the_first_seeds_similarity(experiment):

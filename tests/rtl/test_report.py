@@ -2,10 +2,13 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
+from rtl.collapse import Alarm
+from rtl.curve import Curve
 from rtl.diagnose import Similarity
 from rtl.errors import InputError
 from rtl.report import environment, markdown, read_results, summary, write_results
@@ -39,7 +42,16 @@ def details():
     for level, value in (("0.5", 0.6), ("0.75", 0.4)):
         matrix = torch.full((2, 2), value, dtype=torch.float64).fill_diagonal_(1)
         levels[level] = Similarity(("cat", "dög"), matrix, {"conv1": matrix, "conv2": matrix}).to_json()
-    return {"class_names": ["cat", "dög"], "per_class": [], "similarity": levels}
+    both = torch.tensor([[[50, 40], [40, 50]], [[25, 20], [20, 25]]])
+    curve = Curve(("cat", "dög"), {"conv1": 100, "conv2": 100}, {"conv1": both, "conv2": both})
+    alarm = Alarm("cat", None, "spike", 1, 0.75, 0, 0.5)
+    return {
+        "class_names": ["cat", "dög"],
+        "per_class": [],
+        "similarity": levels,
+        "curve": curve.to_json(),
+        "alarms": [alarm.to_json()],
+    }
 
 
 def test_a_line_is_the_mean_and_standard_deviation_over_seeds_of_one_method_variant_and_sparsity():
@@ -76,6 +88,15 @@ def test_results_are_written_and_read_back_unchanged(tmp_path, table, details):
     assert again == (table, details)
     assert (tmp_path / "new" / "folder" / "table.md").read_text() == markdown(summary(table["rows"]))
     assert "dög" in (tmp_path / "new" / "folder" / "details.json").read_text()
+
+
+def test_a_run_made_before_curves_were_kept_gets_that_of_its_tickets():
+    _, details = read_results(Path(__file__).parents[2] / "results" / "digits")
+    curve = Curve.from_json(details["curve"])
+    for r, (level, similarity) in enumerate(details["similarity"].items()):
+        assert curve.jaccard()[r].tolist() == similarity["matrix"]
+        assert curve.sparsity[r].tolist() == pytest.approx([float(level)] * 10, abs=1e-4)
+    assert details["alarms"] == []
 
 
 def test_every_figure_is_there_and_is_an_image(tmp_path, table, details):

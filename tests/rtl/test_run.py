@@ -328,6 +328,21 @@ def test_an_equal_configuration_is_accepted_and_its_file_unchanged(run):
     }
 
 
+def test_a_setting_that_a_runs_file_does_not_know_yet_counts_as_its_default(run):
+    run.configure({"inner": Config()})
+    file = run.path / "config.json"
+    content = json.loads(file.read_text())
+    del content["inner"]["lr"], content["inner"]["head"]["classes"]
+    file.write_text(json.dumps(content))
+    before = file.read_bytes()
+    run.configure({"inner": Config()})
+    assert file.read_bytes() == before
+    with pytest.raises(InputError, match=r"inner\.head\.classes was 10, now 5; inner\.lr was 0\.0001, now 0\.5"):
+        run.configure({"inner": Config(lr=0.5, head=Head(5))})
+    with pytest.raises(InputError, match=r"inner\.head\.classes was absent"):
+        run.configure({"inner": {"lr": 1e-4, "report_at": [0.25, 0.5], "head": {"classes": 5}}})
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -1,0 +1,571 @@
+"""The report page: one HTML file for one run or several side by side, with nothing to fetch.
+
+It shows what a run's folder holds: table.json and details.json; config.json; the tickets' masks in tickets/; and the
+pictures and sounds below media/ (`media/GROUP/NAME.png`, shown under their names), which recipes for images and speech
+leave there.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import mimetypes
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import rtl_kernels as rk
+from rtl.alignment import Alignment
+from rtl.collapse import WARM_UP, Alarm, verdicts
+from rtl.curve import Curve, mean_to_others
+from rtl.report import NAMES, PAPER, columns, group_rows, read_results
+from rtl.run import write_atomically
+from rtl.svg import Mark, Series, figure, line_chart, percent, stacked, table, tree
+
+_ASSETS = Path(__file__).parent / "assets"
+_SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+_LIKE = {"rtl": 0, "imp_single": 1, "imp_multiple": 2, "dense": 9}
+
+
+@dataclass(frozen=True, eq=False)
+class RunView:
+    """One run as its folder shows it.
+
+    Attributes:
+        name: the folder's.
+        folder: where it is.
+        table, details: as `rtl.report.read_results` gives them.
+    """
+
+    name: str
+    folder: Path
+    table: Mapping[str, Any]
+    details: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> RunView:
+        """Raises InputError if the run is not finished."""
+        table, details = read_results(folder)
+        return cls(folder.resolve().name, folder, table, details)
+
+    @cached_property
+    def curve(self) -> Curve | None:
+        return Curve.from_json(self.details["curve"]) if "curve" in self.details else None
+
+    @cached_property
+    def alarms(self) -> list[Alarm]:
+        return [Alarm(**alarm) for alarm in self.details.get("alarms", [])]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        file = self.folder / "config.json"
+        values: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        return values
+
+    @cached_property
+    def banks(self) -> dict[float, Mapping[str, rk.MaskBank]]:
+        """The masks in tickets/, by sparsity."""
+        from rtl.tickets import TicketNetwork
+
+        files = sorted((self.folder / "tickets").glob("*/tickets.json"), key=lambda f: float(f.parent.name))
+        return {float(f.parent.name): TicketNetwork.from_pretrained(f.parent).net.banks for f in files}
+
+
+def write_page(folders: Sequence[Path], file: Path) -> None:
+    """Write the page of these runs. Raises InputError if one is not finished."""
+    write_atomically(file, page([RunView.read(folder) for folder in folders]).encode())
+
+
+def page(runs: Sequence[RunView]) -> str:
+    """The page, HTML."""
+    sections = [
+        ("results", "Results", _results(runs)),
+        ("curves", "Against sparsity", _beside(runs, _curves)),
+        ("similarity", "What tickets share", _beside(runs, _similarity)),
+        ("layers", "How many tickets keep a weight", _beside(runs, _layers)),
+        ("meaning", "Sharing and meaning", _beside(runs, _meaning)),
+        ("routing", "Which ticket serves an input", _beside(runs, _routing)),
+        ("classes", "Each ticket", _beside(runs, _classes)),
+        ("examples", "Samples right and wrong", _beside(runs, _examples)),
+        ("media", "Pictures and sounds", _beside(runs, _media)),
+        ("cost", "Cost", _beside(runs, _cost)),
+        ("run", "What was run", _beside(runs, _what)),
+    ]
+    shown = [(key, title, body) for key, title, body in sections if body]
+    names = ", ".join(run.name for run in runs)
+    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in shown)
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h">{title}</h2>{html}</section>'
+        for key, title, html in shown
+    )
+    style, script = (_ASSETS / f"report.{kind}" for kind in ("css", "js"))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<title>rtl report: {escape(names)}</title><style>{style.read_text()}</style></head><body>"
+        '<a class="skip" href="#results">skip to results</a>'
+        f"<header><h1>{escape(names)}</h1>{_lead(runs)}</header>"
+        f'<nav aria-label="sections"><ul>{links}</ul></nav><main>{body}</main>'
+        f"<script>{script.read_text()}</script></body></html>\n"
+    )
+
+
+def _beside(runs: Sequence[RunView], part: Any) -> str:
+    """What `part` makes of every run, in columns; "" if it makes nothing of any."""
+    parts = [part(run) for run in runs]
+    if not any(parts):
+        return ""
+    if len(runs) == 1:
+        return str(parts[0])
+    articles = "".join(
+        f"<article><h3>{escape(run.name)}</h3>{html or '<p class=soft>nothing of this kind in this run</p>'}</article>"
+        for run, html in zip(runs, parts, strict=True)
+    )
+    return f'<div class="runs">{articles}</div>'
+
+
+def _lead(runs: Sequence[RunView]) -> str:
+    said = []
+    for run in runs:
+        rows = run.table["rows"]
+        tickets = len(run.curve.names) if run.curve else 0
+        seeds = len({row["seed"] for row in rows})
+        protocols = "/".join(sorted({row["protocol"] for row in rows}))
+        text = f"{run.name}: recipe {run.table['recipe']}, {protocols} protocol, {seeds} seed{'s' * (seeds != 1)}"
+        said.append(f"<p>{escape(text)}{f', {tickets} tickets' if tickets else ''}.</p>")
+        if run.alarms:
+            first = min(run.alarms, key=lambda alarm: alarm.round)
+            said.append(
+                f'<p class="warn"><strong>Collapse alarm</strong> for {len(run.alarms)} of {tickets} tickets; '
+                f"the first: {escape(str(first))}.</p>"
+            )
+    return "".join(said)
+
+
+# Results
+
+
+def _results(runs: Sequence[RunView]) -> str:
+    rows = [row for run in runs for row in run.table["rows"]]
+    shown = columns(rows)
+    head = [*(["run"] if len(runs) > 1 else []), "method", "sparsity", *(h for h, _ in shown), "#Params", "samples"]
+    body: list[list[Any]] = []
+    for run in runs:
+        for (method, variant, sparsity), group in group_rows(run.table["rows"]).items():
+            name = NAMES[method] + (f" ({variant})" if variant else "")
+            line: list[Any] = [run.name] if len(runs) > 1 else []
+            line += [name, (percent(sparsity), sparsity)]
+            line += [_spread([row["metrics"][key] for row in group if key in row["metrics"]]) for _, key in shown]
+            line += [_count([row[key] for row in group]) for key in ("params", "samples")]
+            body.append(line)
+    for recipe in dict.fromkeys(run.table["recipe"] for run in runs):
+        for (method, sparsity), metrics in PAPER.get(recipe, {}).items():
+            line = ["paper"] if len(runs) > 1 else []
+            line += [f"paper: {NAMES[method]}", (percent(sparsity), sparsity)]
+            line += [(f"{metrics[key]:.3f}", metrics[key]) if key in metrics else ("–", None) for _, key in shown]
+            line += [(f"{metrics['params']:,.0f}", metrics["params"]), ("–", None)]
+            body.append(line)
+    caption = "mean ± standard deviation over seeds; a heading sorts"
+    return table(head, body, sortable=True, caption=caption)
+
+
+def _spread(values: Sequence[float]) -> tuple[str, float | None]:
+    if not values:
+        return "–", None
+    mean = float(np.mean(values))
+    return f"{mean:.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""), mean
+
+
+def _count(values: Sequence[float]) -> tuple[str, float]:
+    mean = float(np.mean(values))
+    return f"{mean:,.0f}", mean
+
+
+# Curves
+
+
+def _curves(run: RunView) -> str:
+    charts = []
+    rows = run.table["rows"]
+    at = sorted({alarm.sparsity for alarm in run.alarms})
+    for heading, key in columns(rows):
+        if key == "similarity":
+            continue
+        series = []
+        for (method, variant), points in _by_method(rows, key).items():
+            name = NAMES[method] + (f" ({variant})" if variant else "")
+            if method == "dense":
+                level = points[0][1]
+                ends = [min(r["sparsity"] for r in rows if r["method"] != "dense"), max(r["sparsity"] for r in rows)]
+                series.append(Series(name, [(s, level) for s in ends], 9, "dashed"))
+            else:
+                series.append(Series(name, points, _LIKE[method]))
+        charts.append(line_chart(heading, series, "sparsity"))
+    curve = run.curve
+    if curve is not None and len(curve.names) > 1:
+        scores, sparsity = mean_to_others(curve.jaccard()), curve.sparsity.mean(1).tolist()
+        series = [
+            Series(name, list(zip(curve.sparsity[:, k].tolist(), scores[:, k].tolist(), strict=True)), k)
+            for k, name in enumerate(curve.names)
+        ]
+        for name, baseline, kind in (
+            ("identical masks", curve.identical(), "dashed"),
+            ("independent masks", curve.independent(), "dotted"),
+        ):
+            means = mean_to_others(baseline).mean(1).tolist()
+            series.append(Series(name, list(zip(sparsity, means, strict=True)), 9, kind))
+        marks = [
+            Mark(a.sparsity, float(scores[a.round, k]), str(a), k)
+            for a in run.alarms
+            for k in [curve.names.index(a.ticket)]
+        ]
+        charts.append(line_chart("mask similarity to the other tickets (Jaccard)", series, "sparsity", marks))
+    elif at:
+        charts.append(f"<p>Alarms at {', '.join(map(percent, at))}.</p>")
+    return f'<div class="charts">{"".join(charts)}</div>{_alarm_table(run)}'
+
+
+def _by_method(rows: Sequence[Mapping[str, Any]], key: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for (method, variant, sparsity), group in group_rows(rows).items():
+        values = [row["metrics"][key] for row in group if key in row["metrics"]]
+        if values:
+            found.setdefault((method, variant), []).append((sparsity, float(np.mean(values))))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def _alarm_table(run: RunView) -> str:
+    if run.curve is None or len(run.curve.names) < 2:
+        return ""
+    if len(run.curve) < WARM_UP + 2:
+        return (
+            f"<p>{len(run.curve)} rounds are known, too few for a collapse alarm: it learns from {WARM_UP} slopes.</p>"
+        )
+    if not run.alarms:
+        return "<p>No collapse alarm: similarity neither turned upwards nor fell faster than before.</p>"
+    performance = _performance(run)
+    found = {v.ticket: v for v in verdicts(run.alarms, performance)} if performance else {}
+    body = []
+    for alarm in run.alarms:
+        verdict = found.get(alarm.ticket)
+        fall = ("–", None) if verdict is None or verdict.fall is None else (percent(verdict.fall), verdict.fall)
+        lead = ("–", None) if verdict is None or verdict.lead is None else (f"{100 * verdict.lead:+.1f}", verdict.lead)
+        body.append(
+            [
+                alarm.ticket,
+                alarm.direction,
+                (percent(alarm.sparsity), alarm.sparsity),
+                (percent(alarm.good_sparsity), alarm.good_sparsity),
+                fall,
+                lead,
+            ]
+        )
+    head = ["ticket", "similarity", "alarm at", "last good masks", "performance fell at", "lead (points)"]
+    caption = "collapse alarms of the first seed, beside a fall of balanced accuracy by 0.05 among evaluated sparsities"
+    return table(head, body, sortable=True, caption=caption)
+
+
+def _performance(run: RunView) -> dict[str, dict[float, float]]:
+    """By ticket, by sparsity: thresholded balanced accuracy of the first seed's tickets."""
+    rows = [r for r in run.details.get("per_class", []) if r["method"] == "rtl"]
+    if not rows or run.curve is None:
+        return {}
+    first = rows[0]["seed"]
+    found: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row["seed"] == first and "balanced_accuracy.threshold" in row:
+            for name, value in zip(run.curve.names, row["balanced_accuracy.threshold"], strict=True):
+                found.setdefault(name, {})[row["sparsity"]] = value
+    return found
+
+
+# Similarity
+
+
+def _similarity(run: RunView) -> str:
+    curve = run.curve
+    if curve is None or len(curve.names) < 2:
+        return ""
+    layers = curve.layers
+    depth = [layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, min(4, len(layers))).round().astype(int))]
+    sparsity = curve.sparsity.mean(1).tolist()
+    data = curve.to_json() | {"sparsity": sparsity}
+    empty = '<svg role="img" viewBox="0 0 230 232"></svg>'
+    panels = [f"<figure><figcaption>all layers<br><small></small></figcaption>{empty}</figure>"]
+    panels += [
+        f'<figure data-layer="{escape(n)}"><figcaption>{escape(n)}<br><small></small></figcaption>{empty}</figure>'
+        for n in depth
+    ]
+    options = "".join(f"<option>{escape(layer)}</option>" for layer in layers)
+    panels.append(
+        f"<figure data-chosen><figcaption>the layer chosen above<br><small></small></figcaption>{empty}</figure>"
+    )
+    last = len(curve) - 1
+    trees = "".join(
+        f'<div data-round="{r}"{"" if r == last else " hidden"}>{_tree(curve, r)}</div>' for r in range(len(curve))
+    )
+    encoded = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    key = re.sub(r"\W", "-", run.name)
+    return (
+        '<div class="similarity"><noscript><p>The matrices need JavaScript; figures/similarity-by-depth-*.png has '
+        "those of the reported sparsities.</p></noscript>"
+        f'<div class="controls"><label for="round-{key}">sparsity</label>'
+        f'<input type="range" id="round-{key}" min="0" max="{last}" value="{last}" step="1">'
+        f"<output>{percent(sparsity[-1])}</output>"
+        '<label><input type="checkbox"> colours from 0 to 1</label>'
+        f"<label>layer <select>{options.replace('<option>', '<option selected>', 1)}</select></label></div>"
+        f'<div class="matrices">{"".join(panels)}</div>'
+        "<p class=soft>Jaccard similarity between the tickets' masks, from shallow to deep; brighter is more alike. "
+        "The slider goes through the rounds of extraction.</p>"
+        + figure("ticket tree: mean-linkage clustering by similarity over all layers (1: equal masks)", trees)
+        + f'<script type="application/json">{encoded}</script></div>'
+    )
+
+
+def _tree(curve: Curve, number: int) -> str:
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
+    distance = 1 - curve.jaccard()[number].numpy()
+    np.fill_diagonal(distance, 0)
+    links = linkage(squareform(distance, checks=False), method="average")
+    return tree(curve.names, links, f"ticket tree at {percent(float(curve.sparsity[number].mean()))} sparsity")
+
+
+def _layers(run: RunView) -> str:
+    blocks: list[str] = []
+    for sparsity, banks in sorted(run.banks.items(), reverse=True):
+        tickets = next(iter(banks.values())).num_masks
+        if tickets < 2:
+            return ""
+
+        def shade(n: int, of: int = tickets) -> str:
+            return "var(--rule)" if n == 0 else f"hsl({260 - 200 * (n - 1) / max(1, of - 1):.0f} 60% 50%)"
+
+        total = torch.zeros(tickets + 1, dtype=torch.int64)
+        body: list[list[Any]] = []
+        bars: list[tuple[str, list[int]]] = []
+        for layer, bank in banks.items():
+            shared = torch.bincount(bank.to_dense().sum(0).flatten(), minlength=tickets + 1)
+            total += shared
+            bars.append((layer, shared.tolist()))
+        for layer, counts in [("all layers", total.tolist()), *bars]:
+            weights = sum(counts)
+            said = f"{layer}: of {weights:,} weights " + ", ".join(
+                f"{c:,} kept by {n}" for n, c in enumerate(counts) if c
+            )
+            body.append([layer, stacked(counts, shade, said), weights, counts[0], counts[tickets]])
+        lines = "".join(
+            f'<tr><th scope="row">{escape(layer)}</th><td>{bar}</td><td class="n">{weights:,}</td>'
+            f'<td class="n">{percent(none / weights)}</td><td class="n">{percent(every / weights)}</td></tr>'
+            for layer, bar, weights, none, every in body
+        )
+        key = "".join(
+            f'<span class="key" style="background:{shade(n)}" aria-hidden="true"></span>{n}'
+            for n in sorted({0, 1, tickets // 2, tickets})
+        )
+        blocks.append(
+            f"<details{' open' if not blocks else ''}><summary>{percent(sparsity)} sparsity</summary>"
+            f"<p class=soft>tickets that keep a weight:{key}</p>"
+            '<div class="scroll" tabindex="0" role="region" aria-label="shared weights"><table><thead><tr>'
+            '<th scope="col">layer</th><th scope="col">share of its weights</th><th scope="col">weights</th>'
+            '<th scope="col">kept by none</th><th scope="col">kept by all</th></tr></thead>'
+            f"<tbody>{lines}</tbody></table></div></details>"
+        )
+    return "".join(blocks)
+
+
+# Meaning, routing, tickets
+
+
+def _meaning(run: RunView) -> str:
+    if "alignment" not in run.details:
+        return ""
+    found = Alignment.from_json(run.details["alignment"])
+    stages = np.unique(np.linspace(0, len(found.sparsity) - 1, min(4, len(found.sparsity))).round().astype(int))
+    series = [
+        Series(
+            f"{percent(found.sparsity[stage])} sparsity",
+            [(float(n + 1), float(v)) for n, v in enumerate(found.rho[stage, 1:])],
+            int(k),
+        )
+        for k, stage in enumerate(stages)
+    ]
+    chart = line_chart(
+        "Spearman's ρ of mask similarity with meaning, by layer",
+        series,
+        "layer, from the first",
+        x_format="{:g}".format,
+    )
+    body = [
+        [percent(s), _plain(found.rho[r, 0]), _plain(found.p_value[r, 0]), _significant(found, r)]
+        for r, s in enumerate(found.sparsity)
+    ]
+    head = ["sparsity", "ρ, all layers", "p", "layers with p < 0.05"]
+    meaning = [
+        [name, *((f"{v:.3f}", float(v)) for v in row)]
+        for name, row in zip(found.names, found.semantic.tolist(), strict=True)
+    ]
+    stages_table = ""
+    if run.details.get("stage_alignment"):
+        lines = []
+        for level, values in run.details["stage_alignment"].items():
+            one = Alignment.from_json(values)
+            for epoch in range(len(one.sparsity)):
+                cells = _plain(one.rho[epoch, 0]), _plain(one.p_value[epoch, 0]), _significant(one, epoch)
+                lines.append([percent(float(level)), (str(epoch + 1), epoch + 1), *cells])
+        caption = "by stage of training: had the tickets been pruned after each epoch of the round"
+        stages_table = table(["sparsity", "epoch", *head[1:]], lines, sortable=True, caption=caption)
+    ways = f"{found.permutations:,} permutations of the tickets' names, two-sided, not corrected for many layers"
+    return (
+        f'<div class="charts">{chart}<div>{table(head, body, caption=f"p-values of {ways}")}{stages_table}</div></div>'
+        "<details><summary>similarity in meaning</summary>"
+        f"{table(['ticket', *found.names], meaning)}</details>"
+    )
+
+
+def _significant(found: Alignment, stage: int) -> str:
+    p = found.p_value[stage, 1:]
+    return f"{int((p < 0.05).sum())} of {int((~p.isnan()).sum())}"
+
+
+def _plain(value: torch.Tensor) -> tuple[str, float | None]:
+    number = float(value)
+    return ("–", None) if math.isnan(number) else (f"{number:.3f}", number)
+
+
+def _routing(run: RunView) -> str:
+    rows = run.details.get("routing", [])
+    if not rows:
+        return ""
+    metric = next(key for key in rows[0] if key in ("accuracy", "mse"))
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["router"], row["sparsity"]), []).append(row)
+    body = [
+        [
+            router,
+            (percent(sparsity), sparsity),
+            *(_spread([row[key] for row in group]) for key in ("routing", metric, "calibration")),
+        ]
+        for (router, sparsity), group in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0]))
+    ]
+    head = ["router", "sparsity", "own ticket", f"end task: {metric}", "calibration error"]
+    caption = "two-fold on held-out samples: calibrated on one half, measured on the other; the oracle knows the subset"
+    return table(head, body, sortable=True, caption=caption)
+
+
+def _classes(run: RunView) -> str:
+    performance = _performance(run)
+    if not performance:
+        return ""
+    levels = sorted(next(iter(performance.values())))
+    body = [
+        [name, *((f"{values[s]:.3f}", values[s]) if s in values else ("–", None) for s in levels)]
+        for name, values in performance.items()
+    ]
+    caption = "balanced accuracy of each ticket, score ≥ ½, first seed, by sparsity"
+    return table(["ticket", *map(percent, levels)], body, sortable=True, caption=caption)
+
+
+def _examples(run: RunView) -> str:
+    from rtl.examples import KINDS
+
+    blocks: list[str] = []
+    for level, found in sorted(run.details.get("examples", {}).items(), key=lambda item: -float(item[0])):
+        lines = []
+        for ticket in dict.fromkeys(one["ticket"] for one in found):
+            cells = "".join(
+                f"<td>{''.join(_example(o) for o in found if o['ticket'] == ticket and o['kind'] == kind) or '–'}</td>"
+                for kind in KINDS
+            )
+            lines.append(f'<tr><th scope="row">{escape(ticket)}</th>{cells}</tr>')
+        head = "".join(
+            f'<th scope="col">{h}</th>'
+            for h in ("ticket", "right: surest", "missed: its own, not taken", "false alarm: another's, taken")
+        )
+        blocks.append(
+            f"<details{' open' if not blocks else ''}><summary>{percent(float(level))} sparsity</summary>"
+            '<div class="scroll" tabindex="0" role="region" aria-label="examples"><table class="examples"><thead>'
+            f"<tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
+        )
+    return "".join(blocks)
+
+
+def _example(one: Mapping[str, Any]) -> str:
+    own = one["own"] or "none of them"
+    said = f"sample {one['sample']}, {own}: score {one['score']:.2f}"
+    picture = f'<img src="{escape(one["picture"])}" alt="{escape(said)}">' if "picture" in one else ""
+    number = "" if picture else f"#{one['sample']} "
+    return f"<figure>{picture}{number}{escape(own)} {one['score']:.2f}</figure>"
+
+
+def _media(run: RunView) -> str:
+    groups: dict[str, list[str]] = {}
+    root = run.folder / "media"
+    for file in sorted(root.rglob("*")) if root.is_dir() else []:
+        kind = file.suffix.lower()
+        if kind not in (*_SOUNDS, *_PICTURES):
+            continue
+        name = escape(file.stem)
+        mime = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+        source = f"data:{mime};base64,{base64.b64encode(file.read_bytes()).decode()}"
+        shown = (
+            f'<audio controls preload="metadata" src="{source}" aria-label="{name}"></audio>'
+            if kind in _SOUNDS
+            else f'<img src="{source}" alt="{name}">'
+        )
+        group = str(file.parent.relative_to(root))
+        groups.setdefault("" if group == "." else group, []).append(figure(file.stem, shown))
+    return "".join(
+        (f"<h3>{escape(group)}</h3>" if group else "") + f'<div class="media">{"".join(figures)}</div>'
+        for group, figures in groups.items()
+    )
+
+
+# Cost and circumstances
+
+
+def _cost(run: RunView) -> str:
+    weights = sum(run.curve.sizes.values()) if run.curve else None
+    tickets = len(run.curve.names) if run.curve else 1
+    body: list[list[Any]] = []
+    for (method, variant, sparsity), group in group_rows(run.table["rows"]).items():
+        name = NAMES[method] + (f" ({variant})" if variant else "")
+        params = float(np.mean([row["params"] for row in group]))
+        masks = {"rtl": tickets, "imp_multiple": tickets, "imp_single": 1, "dense": 0}[method]
+        stored = None if weights is None else 4 * params + masks * weights / 8
+        body.append(
+            [
+                name,
+                (percent(sparsity), sparsity),
+                _count([row["seconds"] for row in group]),
+                _count([row["samples"] for row in group]),
+                ("–", None) if stored is None else (f"{stored:,.0f}", stored),
+            ]
+        )
+    head = ["method", "sparsity", "seconds of training", "samples presented", "bytes of weights and masks"]
+    caption = (
+        "means over seeds; float32 for each stored weight, one bit for each prunable weight and mask; batch norm apart"
+    )
+    return table(head, body, sortable=True, caption=caption)
+
+
+def _what(run: RunView) -> str:
+    settings = [[key, json.dumps(value)] for key, value in run.config.items() if not key.startswith("_")]
+    circumstances = [[key, str(value)] for key, value in run.table["environment"].items()]
+    return (
+        f"<pre><code>{escape(run.table['command'])}</code></pre>"
+        + (f"<details><summary>settings</summary>{table(['setting', 'value'], settings)}</details>" if settings else "")
+        + table(["environment", ""], circumstances)
+    )

@@ -1,0 +1,349 @@
+"""rtl.page: the report as a browser without a network sees it, and what it says of runs."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from test_report import row
+
+import rtl
+from rtl import svg
+from rtl.cli import main
+from rtl.curve import Curve
+from rtl.page import RunView, page, write_page
+from rtl.report import PAPER, environment, insights, write_results
+
+RESULTS = Path(__file__).parents[2] / "results"
+CURVE = Path(__file__).parent / "fixtures" / "curves" / "digits-fine.json"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NASTY = '</script><b>"&'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with everything a page shows: a real curve with its alarm, real tickets, and a class of a nasty name."""
+    place = tmp_path_factory.mktemp("runs") / "everything"
+    curve = Curve.from_json(json.loads(CURVE.read_text()))
+    named = Curve(("0", NASTY, *curve.names[2:]), curve.sizes, curve.overlaps)
+    meaning = rtl.semantics.from_embedding([[k + 1.0, (k * 7) % 5, 1.0] for k in range(10)])
+    levels = (0.5, 0.9, 0.98)
+    scores = {0.5: 0.98, 0.9: 0.97, 0.98: 0.85}
+    per_class = [
+        {"method": "rtl", "sparsity": s, "seed": 0, "balanced_accuracy.threshold": [scores[s]] * 10} for s in levels
+    ]
+    pixel = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
+    example = {"sample": 3, "score": 0.7, "own": "0", "picture": pixel}
+    details = {
+        "class_names": list(named.names),
+        "per_class": per_class,
+        "similarity": {},
+        **insights(named, meaning, {"0.5": named}),
+        "routing": [
+            {"router": r, "sparsity": s, "seed": n, "routing": 0.9 + 0.01 * n, "accuracy": 0.8, "calibration": 0.02}
+            for r in ("confidence", "oracle")
+            for s in levels
+            for n in (0, 1)
+        ],
+        "examples": {
+            "0.5": [example | {"ticket": NASTY, "kind": k} for k in ("right", "missed", "false alarm")],
+        },
+    }
+    rows = [row(m, s, n, similarity=0.8) for m in ("rtl", "imp_single") for s in levels for n in (0, 1)]
+    rows.append(row("dense", 0.0, accuracy=0.99))
+    table = {
+        "recipe": "cifar10",
+        "command": f"rtl run cifar10 --x '{NASTY}'",
+        "environment": environment(),
+        "rows": rows,
+    }
+    write_results(place, table, details)
+    (place / "config.json").write_text(json.dumps({"lr": 0.002, "_type": "X"}))
+    shutil.copytree(RESULTS / "digits" / "tickets" / "0.9", place / "tickets" / "0.9")
+    for name in ("street/0.5-rtl.png", "clip.wav"):
+        (place / "media" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "media" / name).write_bytes(PIXEL)
+    return place
+
+
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, and what is not closed."""
+
+    VOID = ("meta", "link", "input", "img", "br", "line", "rect", "circle", "path", "polyline")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def html(folder):
+    return page([RunView.read(folder)])
+
+
+def test_it_is_one_well_formed_file_that_fetches_nothing(html):
+    outline = Outline(html)
+    assert outline.open == []
+    for tag, attributes in outline.tags:
+        for name in ("src", "href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", html)
+
+
+def test_whoever_does_not_see_it_is_told(html):
+    outline = Outline(html)
+    assert ("html", {"lang": "en"}) in outline.tags
+    labelled = {a.get("for") for tag, a in outline.tags if tag == "label"}
+    for tag, attributes in outline.tags:
+        if tag == "svg":
+            assert attributes.get("role") == "img" or attributes.get("aria-hidden") == "true"
+        if tag == "img":
+            assert attributes["alt"]
+        if tag == "audio":
+            assert attributes["aria-label"]
+            assert "controls" in attributes
+        if tag == "input" and attributes["type"] == "range":
+            assert attributes["id"] in labelled
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for tag, a in outline.tags if tag == "a"} <= set(ids)
+
+
+def test_names_are_shown_and_never_obeyed(html):
+    assert NASTY not in html
+    assert "".join(Outline(html).text).count(NASTY) > 10
+
+
+def test_every_part_is_there(html):
+    headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", html)
+    assert headings == [
+        "Results",
+        "Against sparsity",
+        "What tickets share",
+        "How many tickets keep a weight",
+        "Sharing and meaning",
+        "Which ticket serves an input",
+        "Each ticket",
+        "Samples right and wrong",
+        "Pictures and sounds",
+        "Cost",
+        "What was run",
+    ]
+    text = "".join(Outline(html).text)
+    for said in (
+        "Collapse alarm",
+        "identical masks",
+        "independent masks",
+        "paper: RTL",
+        "two-fold",
+        "oracle",
+        "lr",
+        "by stage of training",
+    ):
+        assert said in text
+    assert html.count("<audio") == 1
+    assert f"{PAPER['cifar10']['rtl', 0.25]['balanced_accuracy.threshold']:.3f}" == "0.781"
+    assert "103,000" in text
+
+
+def test_a_run_with_little_shows_what_it_has(tmp_path):
+    table = {"recipe": "digits", "command": "rtl run digits", "environment": environment(), "rows": [row()]}
+    write_results(tmp_path / "small", table, {"class_names": [], "per_class": []})
+    text = page([RunView.read(tmp_path / "small")])
+    assert re.findall(r"<h2[^>]*>([^<]*)</h2>", text) == ["Results", "Against sparsity", "Cost", "What was run"]
+    assert Outline(text).open == []
+
+
+def test_too_few_rounds_are_not_called_quiet(folder):
+    assert "2 rounds are known, too few" in page([RunView.read(RESULTS / "cifar10")])
+    view = RunView.read(folder)
+    silent = RunView(view.name, folder, view.table, {**view.details, "alarms": []})
+    assert "No collapse alarm" in page([silent])
+
+
+def test_weights_are_counted_by_how_many_tickets_keep_them(html):
+    net = rtl.TicketNetwork.from_pretrained(RESULTS / "digits" / "tickets" / "0.9")
+    kept = {layer: bank.to_dense().sum(0) for layer, bank in net.net.banks.items()}
+    total = sum(k.numel() for k in kept.values())
+    for n in (0, 1, 5, 10):
+        assert f"{sum(int((k == n).sum()) for k in kept.values()):,} kept by {n}" in html
+    assert f"all layers: of {total:,} weights" in html
+
+
+def test_a_chart_breaks_at_what_is_not_known_and_lists_its_numbers():
+    drawn = svg.line_chart("t", [svg.Series("a<b", [(0.1, 1), (0.2, float("nan")), (0.3, 2), (0.4, 3)])], "x")
+    assert len(re.findall(r"<polyline class=\"line c0\" points", drawn)) == 3  # two pieces and the legend's
+    assert "a&lt;b" in drawn
+    assert "<td>–</td>" in drawn
+    assert svg.line_chart("t", [svg.Series("a", [(0.1, float("nan"))])], "x") == ""
+
+
+def test_beyond_nine_tenths_equal_steps_are_equal_factors_of_density():
+    points = [(0.5, 0.0), (0.75, 1.0), (0.875, 0.0), (0.9375, 1.0)]
+    drawn = svg.line_chart("t", [svg.Series("a", points)], "sparsity")
+    xs = [float(p.split(",")[0]) for p in re.search(r'class="line c0" points="([^"]*)"', drawn)[1].split()]
+    steps = [b - a for a, b in pairwise(xs)]
+    assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
+
+
+def test_the_tree_joins_the_most_alike_first():
+    drawn = svg.tree(["a", "b", "c"], [[0, 2, 0.1, 2], [1, 3, 0.5, 3]], "tree")
+    leaves = re.findall(r'text-anchor="end">([abc])<', drawn)
+    assert leaves in (["b", "a", "c"], ["a", "c", "b"], ["b", "c", "a"], ["c", "a", "b"])
+    assert ">0.500<" in drawn
+
+
+# In a browser
+
+DRIVE = """
+<script>
+const said = {errors: []};
+addEventListener("error", (e) => said.errors.push(e.message));
+const section = document.querySelector(".similarity"), slider = section.querySelector("input[type=range]");
+const fills = () => [...section.querySelectorAll(".matrices rect")].map((r) => r.getAttribute("fill")).join();
+const labels = () => [...section.querySelectorAll(".matrices svg")].map((s) => s.getAttribute("aria-label"));
+said.ready = document.documentElement.dataset.ready;
+said.last = [section.querySelector("output").textContent, labels()[0]];
+const before = fills();
+slider.value = 0; slider.dispatchEvent(new Event("input"));
+said.first = [section.querySelector("output").textContent, labels()[0], slider.getAttribute("aria-valuetext")];
+said.moved = fills() !== before;
+said.trees = [...section.querySelectorAll("[data-round]")].filter((t) => !t.hidden).map((t) => t.dataset.round);
+const choice = section.querySelector("select");
+choice.value = "features.3.0"; choice.dispatchEvent(new Event("change"));
+said.chosen = labels().at(-1);
+const table = document.querySelector("table.sortable"), heads = [...table.tHead.rows[0].cells];
+const column = (n) => [...table.tBodies[0].rows].map((r) => r.cells[n].textContent);
+const accuracy = heads.findIndex((h) => h.textContent === "accuracy");
+said.unsorted = column(accuracy);
+const sort = () => { heads[accuracy].firstChild.click(); return heads[accuracy].getAttribute("aria-sort"); };
+said.upSort = sort(); said.up = column(accuracy);
+said.downSort = sort(); said.down = column(accuracy);
+heads[0].firstChild.click(); said.names = column(0);
+heads[0].firstChild.focus(); said.focus = document.activeElement.textContent;
+dispatchEvent(new Event("beforeprint")); said.open = [...document.querySelectorAll("details")].every((d) => d.open);
+said.wide = document.documentElement.scrollWidth > innerWidth;
+const out = document.createElement("pre");
+out.id = "said"; out.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(said))));
+document.body.append(out);
+</script></body>"""
+
+
+def browse(file, *options):
+    """Chromium's standard output and what it logged, with no way to any other machine."""
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0", "--window-size=1200,900"),
+            *(f"--user-data-dir={file.parent / 'profile'}", "--blink-settings=preferredColorScheme=1"),
+            *options,
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
+
+
+@needs_chromium
+def test_in_chromium_the_slider_and_sorting_work_and_the_console_is_silent(tmp_path, html):
+    file = tmp_path / "report.html"
+    file.write_text(html.replace("</body>", DRIVE))
+    dom, console = browse(file, "--dump-dom")
+    said = json.loads(base64.b64decode(re.search(r'<pre id="said">([^<]*)</pre>', dom)[1]))
+    assert console == []
+    assert said["errors"] == []
+    assert said["ready"] == "yes"
+    assert said["last"][0] == "99.0%"
+    assert said["first"][0] == "10.0%"
+    assert said["first"][2] == "10.0% sparsity, round 1 of 36"
+    means = [float(re.search(r"mean ([\d.]+)", said[key][1])[1]) for key in ("first", "last")]
+    assert means == pytest.approx([0.885, 0.826], abs=0.0015)
+    assert said["moved"]
+    assert said["trees"] == ["0"]
+    assert "features.3.0" in said["chosen"]
+
+    def numbers(cells):
+        return [float(c.split()[0]) for c in cells if c != "–"]
+
+    assert numbers(said["up"]) == sorted(numbers(said["unsorted"]))
+    assert numbers(said["down"]) == sorted(numbers(said["unsorted"]), reverse=True)
+    assert said["up"] != said["unsorted"]
+    unknown = said["up"].count("–")
+    assert unknown > 0
+    assert said["up"][-unknown:] == said["down"][-unknown:] == ["–"] * unknown
+    assert (said["upSort"], said["downSort"]) == ("ascending", "descending")
+    assert said["names"] == sorted(said["names"], key=str.lower)
+    assert said["focus"] == "method"
+    assert said["open"]
+    assert not said["wide"]
+
+
+@needs_chromium
+def test_in_chromium_an_error_would_be_seen(tmp_path, html):
+    """What the test above relies on."""
+    file = tmp_path / "report.html"
+    file.write_text(html.replace("</body>", "<script>nothing.here()</script></body>"))
+    _, console = browse(file, "--dump-dom")
+    assert any("nothing is not defined" in line for line in console)
+
+
+@needs_chromium
+def test_in_chromium_two_runs_fit_a_screen_and_print(tmp_path, folder):
+    write_page([folder, RESULTS / "digits"], tmp_path / "report.html")
+    _, console = browse(tmp_path / "report.html", f"--screenshot={tmp_path / 'screen.png'}")
+    assert console == []
+    from PIL import Image
+
+    with Image.open(tmp_path / "screen.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+    browse(tmp_path / "report.html", f"--print-to-pdf={tmp_path / 'page.pdf'}")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_it_needs_no_more_than_the_package(folder):
+    """No plotting library is loaded for the page itself."""
+    code = (
+        f"import sys, pathlib; from rtl.page import RunView, page; run = RunView.read(pathlib.Path({str(folder)!r})); "
+    )
+    code += "page([run]); assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_report_writes_it(folder, tmp_path, capsys):
+    assert main(["report", str(folder), "--to", str(tmp_path / "kept")]) == 0
+    assert (tmp_path / "kept" / "report.html").read_text() == page([RunView.read(tmp_path / "kept")])
+    assert "written: " in capsys.readouterr().out

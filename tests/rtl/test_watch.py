@@ -1,0 +1,80 @@
+"""rtl.watch: what is said of a run while it grows."""
+
+import json
+
+import pytest
+from toys import blobs, mlp, quiet
+
+from rtl import extract, retrain
+from rtl.cli import main
+from rtl.diagnose import diagnose
+from rtl.extract import PrunePlan
+from rtl.fit import Fit
+from rtl.partition import by_label
+from rtl.watch import extractions, retrainings
+
+PLAN, FIT = PrunePlan(20, 0.75, (0.25, 0.75)), Fit(epochs=1, batch_size=16, lr=0.02)
+
+
+@pytest.fixture
+def run(tmp_path):
+    one = quiet(tmp_path / "run")
+    one.configure({"a": 1})
+    return one
+
+
+def test_a_finished_extraction_says_what_the_tickets_say(run):
+    parts = by_label(blobs())
+    tickets = extract(mlp(), parts, PLAN, FIT, run.child("seed-0/rtl"))
+    (found,) = extractions(run.path)
+    assert found.name == "seed-0/rtl"
+    assert found.rounds == {"a": 3, "b": 3, "c": 3}
+    assert found.of == 3
+    assert found.sparsity == pytest.approx(0.75)
+    assert found.similarity == pytest.approx(diagnose(tickets)[0.75].mean)
+    assert found.loss > 0
+    assert found.alarms == []
+
+
+def test_half_an_extraction_is_followed_as_far_as_all_tickets_are(run):
+    parts = by_label(blobs())
+    tickets = extract(mlp(), parts, PLAN, FIT, run)
+    for file in [*(run.path / "extract/b").glob("round-00[12].*"), *(run.path / "extract/c").glob("round-002.*")]:
+        file.unlink()
+    (found,) = extractions(run.path)
+    assert found.rounds == {"a": 3, "b": 1, "c": 2}
+    assert found.sparsity == pytest.approx(0.25)
+    assert found.similarity == pytest.approx(diagnose(tickets)[0.25].mean)
+
+
+def test_a_run_that_has_just_begun_and_one_of_an_older_version_are_shown(run, capsys):
+    parts = by_label(blobs())
+    assert main(["watch", str(run.path), "--once"]) == 0
+    extract(mlp(), parts, PLAN, FIT, run)
+    (run.path / "extract/about.json").unlink()
+    for file in (run.path / "extract/a").glob("*"):
+        file.unlink()
+    (found,) = extractions(run.path)
+    assert (found.of, found.sparsity, found.similarity) == (None, None, None)
+    assert main(["watch", str(run.path)]) == 0  # not a terminal: once
+    assert "running or stopped" in capsys.readouterr().out
+
+
+def test_retraining_is_followed_by_its_checkpoints(run, capsys):
+    parts = by_label(blobs())
+    tickets = extract(mlp(), parts, PLAN, FIT, run)
+    retrain(mlp(), tickets.at(0.75), parts, Fit(epochs=3, batch_size=16, lr=0.02), run)
+    assert retrainings(run.path) == ["retrain/0.75: finished"]
+    place = run.path / "retrain/0.75"
+    (place / "network.json").rename(place / "checkpoint-0002.json")
+    assert retrainings(run.path) == ["retrain/0.75: epoch 2 of 3 saved"]
+    main(["watch", str(run.path), "--once"])
+    assert "epoch 2 of 3 saved" in capsys.readouterr().out
+
+
+def test_watching_writes_nothing(run):
+    extract(mlp(), by_label(blobs()), PLAN, FIT, run)
+    before = {f: f.stat().st_mtime_ns for f in run.path.rglob("*")}
+    main(["watch", str(run.path), "--once"])
+    assert {f: f.stat().st_mtime_ns for f in run.path.rglob("*")} == before
+    assert json.loads((run.path / "extract/about.json").read_text())["info"]["prunable"] == 72

@@ -195,9 +195,7 @@ def test_the_roofline_has_the_cuda_kernels():
     table = {(r["kernel"], r["arch"], r["dtype"], r["layer"]): r for r in roofline.cuda_rows()}
     # A row for each of eight masks reads the weight and the bits and little else, on the ordinary units: with sixteen
     # these are the bound.
-    one, many = (
-        table["cuda.small_forward", 90, "float16", f"linear 2048→2048, {rows} a mask"] for rows in (1, 16)
-    )
+    one, many = (table["cuda.small_forward", 90, "float16", f"linear 2048→2048, {rows} a mask"] for rows in (1, 16))
     assert one["flops"] == one["dense_flops"] == 2 * 8 * 2048 * 2048
     assert one["bytes"] == 2 * (2048 * 2048 + 2 * 8 * 2048) + 8 * 2048 * 2048 // 8
     assert (one["bound"], many["bound"]) == ("memory", "compute")

@@ -1,10 +1,10 @@
-# make setup | demo | test | lint | bench: each sets up what it needs first, and is quick when run again.
+# make setup | demo | test | lint | bench | verify-gpu | bench-gpu: each sets up what it needs first, and is quick when run again.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench verify-gpu bench-gpu clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What can be verified of the CUDA kernels without a GPU; goes on where it was, keeps what passed.
+verify-gpu: setup
+	$(BIN)/python -m benchmarks.gpu_verify --minutes 20
+
+# For the owner of a GPU, after `pytest -m gpu`: speed against peers, to benchmarks/results/gpu_measured.json.
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu_bench
 
 lint: setup
 	$(BIN)/ruff check .

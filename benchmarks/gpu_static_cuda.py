@@ -222,11 +222,13 @@ def report(arch: str) -> list[dict[str, Any]]:
 def merge_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Put rows into a file of them: those of the same kernel and architecture are replaced, all others stay."""
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    merged = {(row["kernel"], row["arch"]): row for row in [*old, *rows]}
+    others = [row for row in old if not row["kernel"].startswith("cuda.")]  # Triton's, of several layers each
+    mine = [row for row in old if row["kernel"].startswith("cuda.")]
+    merged = {(row["kernel"], row["arch"]): row for row in [*mine, *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
+    report = {"rows": [merged[key] for key in sorted(merged)] + others}
     temporary = path.with_suffix(".new")
-    temporary.write_text('{"rows": [\n' + lines + "\n]}\n")
+    temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
 
 

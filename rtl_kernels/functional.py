@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import shapes
-from .backends import cpu, reference, triton
+from .backends import cpu, cuda, reference, triton
 from .masks import MaskBank
 from .routing import Route
 
 __all__ = ["BackendWarning", "Explanation", "explain", "masked_conv2d", "masked_conv_transpose2d", "masked_linear"]
 
 # In order of preference: "auto" takes the first that supports the call. The reference supports everything.
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (triton, cpu, reference)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, reference)}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

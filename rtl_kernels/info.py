@@ -16,6 +16,11 @@ from .routing import Route
 
 __all__ = ["collect"]
 
+GPU_NOTE = (
+    "the cuda and triton backends are verified by compilation, interpretation and emulation; "
+    "they have not been run on hardware"
+)
+
 _EXAMPLE = """example:
   $ python -m rtl_kernels.info
   rtl_kernels  0.1.0
@@ -88,6 +93,7 @@ def describe(collected: dict[str, Any]) -> str:
     for row in collected["operators"]:
         how = (row["operation"], row["device"], row["backend"], tuple(row["refused"].items()))
         alike.setdefault(how, []).append(row["dtype"])
+    lines.append(GPU_NOTE)
     for (operation, device, backend, refused), dtypes in alike.items():
         lines.append(f"{operation} on {device}, {', '.join(dtypes)}: runs on {backend}")
         lines += [f"  not {name}: {reason}" for name, reason in refused]

@@ -146,6 +146,10 @@ def _cases() -> list[Case]:
     add("conv2d", "one-pixel", (4, 1, 1), (4, 4, 1, 1))
     add("conv2d", "depthwise", (9, 6, 6), (9, 1, 3, 3), options={"groups": 9, "padding": 1})
     add("conv2d", "depthwise-multiplier", (4, 6, 6), (8, 1, 5, 5), options={"groups": 4, "padding": 2})
+    wide = {"groups": 4, "stride": 2, "padding": 1}
+    add("conv2d", "depthwise-untied", (4, 6, 6), (8, 1, 3, 3), ticketed, untied=True, options=wide)
+    strided = {"groups": 3, "stride": (1, 2), "dilation": (2, 1), "padding": (2, 0)}
+    add("conv2d", "depthwise-every", (3, 6, 5), (6, 1, 3, 2), EVERY, options=strided)
     add("conv2d", "grouped", (6, 5, 5), (9, 2, 3, 3), options={"groups": 3})
     add("conv2d", "stride", (3, 9, 8), (5, 3, 3, 3), options={"stride": 2, "padding": 1})
     add("conv2d", "stride-of-one-axis", (2, 9, 8), (3, 2, 3, 3), options={"stride": (1, 2), "padding": 1})
@@ -168,6 +172,10 @@ def _cases() -> list[Case]:
 
     add("conv_transpose2d", "1x1", (16, 3, 3), (16, 8, 1, 1))
     add("conv_transpose2d", "depthwise", (6, 4, 4), (6, 1, 3, 3), options={"groups": 6})
+    one = {"groups": 2, "stride": 2, "padding": 1, "output_padding": 1}
+    add("conv_transpose2d", "one-output-a-group", (6, 4, 3), (6, 1, 3, 3), options=one)
+    add("conv_transpose2d", "one-output-a-group-every", (6, 4, 3), (6, 1, 3, 3), EVERY, options=one)
+    add("conv_transpose2d", "one-output-a-group-untied", (6, 4, 3), (6, 1, 3, 3), ticketed, untied=True, options=one)
     add("conv_transpose2d", "grouped", (6, 4, 4), (6, 2, 3, 3), options={"groups": 3, "padding": 1})
     add(
         "conv_transpose2d",

@@ -15,14 +15,15 @@
 namespace rtl {
 
 constexpr int kDepthwiseThreads = 256, kDepthwiseWarps = kDepthwiseThreads / kWarp;
-// Filters staged by a block take at most this many floats; a larger one is refused.
-constexpr int kFilterFloats = 2048;
+// Filters staged by a block at a time take at most this many floats; a larger one is refused.
+constexpr int kFilterFloats = kDepthwiseTaps;
 constexpr int kDepthwiseShared = kFilterFloats * 4;
 
 struct DepthwiseLaunch {
   DepthwiseArgs args;
   int rows;          // of a block: 1, or 32 of one group
   int channels;      // of a block: outputs (forward) or inputs (grad_input)
+  int filters;       // of a channel, staged at a time: all it has, or fewer if the block has one channel
   int positions;     // of a block's plane
   int64_t passes;    // 1; or `repeat`, and the result is the sum over a sample's rows, masks ascending
 };
@@ -38,8 +39,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
   const int64_t all_channels = kForward ? args.channels * multiplier : args.channels;
   const int width = int(kForward ? args.out_w : args.in_w);
   const int plane = int(kForward ? args.out_h * args.out_w : args.in_h * args.in_w);
-  // Filters a channel of this block needs: its own, or those of all outputs it feeds.
+  // Filters a channel of this block needs: its own, or those of all outputs it feeds, a round of them at a time.
   const int filters = kForward ? 1 : int(multiplier);
+  const int rounds = kForward ? 1 : divide_up(filters, launch.filters), stages = int(launch.passes) * rounds;
 
   const int64_t position_tiles = divide_up(plane, launch.positions);
   const int64_t channel_tiles = divide_up(all_channels, int64_t(launch.channels));
@@ -79,13 +81,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
     const int channel = item / positions, position = p0 + item % positions;
     const int h = position / width, w = position % width;
     float sum = 0.f;
-    for (int64_t pass = 0; pass < launch.passes; pass++) {
+    for (int stage = 0; stage < stages; stage++) {
+      const int pass = stage / rounds, f0 = kForward ? 0 : stage % rounds * launch.filters;
       const int64_t g = tile.group + pass;
-      if (base == 0 || sums) {
-        if (base > 0 || pass > 0) RTL_PLANT(2, sync_block(), (void)0);
+      const int now = kForward ? 1 : filters - f0 < launch.filters ? filters - f0 : launch.filters;
+      if (base == 0 || stages > 1) {
+        if (base > 0 || stage > 0) RTL_PLANT(2, sync_block(), (void)0);
         const T* weight = group_weight<T>(args.weight, args.untied && !wrong, g, args.channels * multiplier * taps);
-        for (int index = thread_index(); index < channels * filters * taps; index += kDepthwiseThreads) {
-          const int64_t o = c0 * filters + index / taps;
+        for (int index = thread_index(); index < channels * now * taps; index += kDepthwiseThreads) {
+          const int64_t o = c0 * filters + f0 + index / taps;
           const int tap = index % taps;
           const int64_t masked = RTL_PLANT(7, o, o > 0 ? o - 1 : args.channels * multiplier - 1);
           const bool kept = g == 0 || (uint32_t(mask_row(route, g, masked)[tap / 32]) >> tap % 32 & 1u);
@@ -94,8 +98,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
         RTL_PLANT(1, sync_block(), (void)0);
       }
       if (!active) continue;
-      const float* taps_of = filter + channel * filters * taps;
-      const int64_t sample = sums ? pass * samples + source : source;
+      const float* taps_of = filter + channel * now * taps;
+      const int64_t sample = source + pass * samples;
       if constexpr (kForward) {
         const int64_t input = (c0 + channel) / multiplier;
         const T* from = x + offset_of(sample, args.x_strides.n) + offset_of(input, args.x_strides.c);
@@ -111,9 +115,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 3) depthwise(DepthwiseLaunc
           }
         }
       } else {
-        for (int f = 0; f < filters; f++) {
-          const T* from =
-              x + offset_of(sample, args.x_strides.n) + offset_of((c0 + channel) * multiplier + f, args.x_strides.c);
+        for (int f = 0; f < now; f++) {
+          const T* from = x + offset_of(sample, args.x_strides.n) +
+                          offset_of((c0 + channel) * multiplier + f0 + f, args.x_strides.c);
           RTL_UNROLL
           for (int i = 0; i < kernel_h; i++) {
             const int down = h + args.pad_top - i * args.dilation_h, oh = down / args.stride_h;
@@ -149,35 +153,41 @@ template <class T>
 __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_grad_weight(DepthwiseArgs args) {
   const Route& route = args.route;
   const int64_t outputs = args.channels * args.multiplier;
-  const int64_t o = block_index() % outputs, mask = block_index() / outputs;
-  const int64_t first = args.untied ? mask + 1 : 0, last = args.untied ? mask + 2 : route.masks + 1;
-  const int taps = args.kernel_h * args.kernel_w, width = int(args.out_w), plane = int(args.out_h * args.out_w);
+  const int64_t o = block_index() % outputs;
+  const int mask = int(block_index() / outputs);
+  const int first = args.untied ? mask + 1 : 0, last = args.untied ? mask + 2 : int(route.masks) + 1;
+  const int taps = args.y ? args.kernel_h * args.kernel_w : 0;  // none where only db is wanted
+  const int width = int(args.out_w), plane = int(args.out_h * args.out_w);
   const int thread = thread_index();
   float* partial = reinterpret_cast<float*>(shared_memory());  // [warp][tap]
   const T* x = static_cast<const T*>(args.x) + offset_of(o / args.multiplier, args.x_strides.c);
   const T* dy = static_cast<const T*>(args.dy) + offset_of(o, args.dy_strides.c);
 
-  for (int t0 = 0; t0 < taps; t0 += kTaps) {
+  for (int t0 = 0; t0 == 0 || t0 < taps; t0 += kTaps) {
     float total = 0.f;  // of tap t0 + thread, or db
-    for (int64_t g = first; g < last; g++) {
+    for (int g = first; g < last; g++) {
       const Span span = group_rows(route, g);
       if (span.count == 0) continue;
       float sum[kTapSums];
       RTL_UNROLL
       for (int t = 0; t < kTapSums; t++) sum[t] = 0.f;
       for (int64_t item = thread; item < span.count * plane; item += kDepthwiseThreads) {
-        const int64_t local = args.batch_inner ? item % span.count : item / plane;
-        const int position = int(args.batch_inner ? item / span.count : item % plane);
-        const int h = position / width, w = position % width;
-        const int64_t target = sample_of(route, span.first + local);
-        if (target < 0) continue;
+        const int64_t major = item / (args.batch_inner ? span.count : plane);
+        const int64_t minor = item - major * (args.batch_inner ? span.count : plane);
+        const int64_t local = args.batch_inner ? minor : major;
+        const int position = int(args.batch_inner ? major : minor), h = position / width, w = position - h * width;
+        const int64_t row = span.first + local, own = sample_of(route, row);
+        if (own < 0) continue;
+        int64_t target = own, source = own;
+        if (route.repeat > 1) (args.transposed ? target : source) = row % (route.rows / route.repeat);
         const float value =
             to_float(dy[offset_of(target, args.dy_strides.n) + h * args.dy_strides.h + w * args.dy_strides.w]);
-        const T* from = x + offset_of(shared_sample_of(route, span.first + local), args.x_strides.n);
+        const T* from = x + offset_of(source, args.x_strides.n);
         sum[kTaps] += value;
+        int i = t0 / args.kernel_w, j = t0 - i * args.kernel_w;
         RTL_UNROLL
-        for (int t = 0; t < kTaps; t++) {
-          const int i = (t0 + t) / args.kernel_w, j = (t0 + t) % args.kernel_w;
+        for (int t = 0; t < kTaps; t++, j++) {
+          if (j == args.kernel_w) i++, j = 0;
           const int ih = h * args.stride_h - args.pad_top + i * args.dilation_h;
           const int iw = w * args.stride_w - args.pad_left + j * args.dilation_w;
           if (t0 + t < taps && ih >= 0 && ih < args.in_h && iw >= 0 && iw < args.in_w)

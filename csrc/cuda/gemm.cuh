@@ -45,7 +45,7 @@ struct Gemm {
   static constexpr int kStageBytes = kRowTile + kWeightTile;
   // Mask words follow all tiles: one a column, or one for every 32 columns of every k; kColumns of them either way.
   static constexpr int kShared = kStages * (kStageBytes + kColumns * 4);
-  static constexpr int kMinBlocks = kThreads > 128 ? 1 : 3;
+  static constexpr int kMinBlocks = kThreads > 128 ? 1 : sizeof(T) == 2 ? 4 : 3;
 };
 
 // Which steps (pass, k) there are, those without a kept weight left out. The same in every thread of the block.

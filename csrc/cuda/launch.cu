@@ -172,15 +172,15 @@ int run_depthwise(Type type, const DepthwiseArgs& a, Stream stream) {
   const int64_t taps = int64_t(a.kernel_h) * a.kernel_w;
   const int64_t plane = kForward ? a.out_h * a.out_w : a.in_h * a.in_w;
   const int64_t all_channels = kForward ? a.channels * a.multiplier : a.channels;
-  const int64_t floats = taps * (kForward ? 1 : a.multiplier);
-  if (a.in_h * a.in_w > 0x7FFFFFFF || a.out_h * a.out_w > 0x7FFFFFFF || floats > kFilterFloats) return kUnsupported;
+  if (a.in_h * a.in_w > 0x7FFFFFFF || a.out_h * a.out_w > 0x7FFFFFFF || taps > kFilterFloats) return kUnsupported;
   if (a.route.rows == 0 || plane == 0 || all_channels == 0) return 0;
 
-  DepthwiseLaunch launch{a, a.batch_inner ? kWarp : 1, 1, int(smaller(plane, kMaxPositions)),
-                         !kForward && a.sum_repeats ? a.route.repeat : 1};
+  const int64_t filters = kForward ? 1 : smaller(a.multiplier, kFilterFloats / taps), floats = taps * filters;
+  DepthwiseLaunch launch{a, a.batch_inner ? kWarp : 1, 1, int(filters), int(smaller(plane, kMaxPositions)),
+                         kForward == a.transposed ? a.route.repeat : 1};
   // Small planes: several channels a block, about four elements a thread.
   const int64_t wanted = 4 * kDepthwiseThreads / launch.rows / plane;
-  const int64_t most = smaller(kFilterFloats / floats, all_channels);
+  const int64_t most = filters < a.multiplier && !kForward ? 1 : smaller(kFilterFloats / floats, all_channels);
   launch.channels = int(wanted < 1 ? 1 : smaller(wanted, most));
   const int64_t samples = a.route.rows / launch.passes;
   const int64_t row_tiles = launch.rows == 1 ? samples

@@ -61,15 +61,18 @@ struct Strides {
 };
 
 // A depthwise convolution: output channel o reads channel o / multiplier; weight (channels · multiplier, 1, kh, kw),
-// contiguous. Transposed depthwise convolution with multiplier 1 is its grad_input (`sum_repeats` false), and
-// conversely.
+// contiguous.
+//
+// A transposed convolution whose groups have one output channel each, `multiplier` inputs to an output, is the same
+// with the roles exchanged, which `transposed` says (it decides who holds a sample once for all its repeats): its
+// forward is grad_input, its grad_input is forward, its grad_weight is grad_weight with the input for dy and dy for x.
 struct DepthwiseArgs {
   Route route;
   const void* x = nullptr;       // forward: x. grad_input: dy. grad_weight: x
   const void* dy = nullptr;      // grad_weight only
   const void* weight = nullptr;
   const void* bias = nullptr;    // one per channel of y, untied (masks, ...), or null
-  void* y = nullptr;             // forward: y. grad_input: dx. grad_weight: dw
+  void* y = nullptr;             // forward: y. grad_input: dx. grad_weight: dw, or null
   void* db = nullptr;            // grad_weight: per channel of dy, or null
   int64_t channels = 0, multiplier = 1;
   int64_t in_h = 0, in_w = 0, out_h = 0, out_w = 0;  // x's and y's planes, in forward's terms
@@ -77,7 +80,7 @@ struct DepthwiseArgs {
   int stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0, dilation_h = 1, dilation_w = 1;
   Strides x_strides, dy_strides, y_strides;  // of the tensors of those names above
   bool untied = false;
-  bool sum_repeats = true;  // grad_input with repeat > 1: add up a sample's rows (false: write one row each)
+  bool transposed = false;
   bool batch_inner = false;  // consecutive threads take consecutive samples: for channel-major (C, H, W, N) tensors
 };
 
@@ -86,11 +89,15 @@ struct DepthwiseArgs {
 int64_t tile_summary_words(int64_t masks, int64_t mask_rows, int64_t words_per_row);
 int tile_summary(const Route& route, uint32_t* summary, Stream stream);
 
+// Groups of at most kSmallRows rows · inner have kernels of their own, which need no summary.
+constexpr int kSmallRows = 16;
 int masked_linear(Type type, const LinearArgs& args, Stream stream);
 int masked_linear_grad_input(Type type, const LinearArgs& args, Stream stream);
 int masked_linear_grad_weight(Type type, const LinearArgs& args, Stream stream);
 
-// kTF32 is the same as kF32 here: there is no tensor-core path.
+// kTF32 is the same as kF32 here: there is no tensor-core path. kUnsupported: more than kDepthwiseTaps weights a filter,
+// or a plane of 2³¹ pixels.
+constexpr int kDepthwiseTaps = 2048;
 int masked_depthwise(Type type, const DepthwiseArgs& args, Stream stream);
 int masked_depthwise_grad_input(Type type, const DepthwiseArgs& args, Stream stream);
 int masked_depthwise_grad_weight(Type type, const DepthwiseArgs& args, Stream stream);

@@ -9,7 +9,6 @@
 
 namespace rtl {
 
-constexpr int kSmallRows = 16;
 constexpr int kSmallThreads = 256, kSmallWarps = kSmallThreads / kWarp;
 
 struct SmallArgs {
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(kSmallThreads) small_grad_input(SmallArgs args
             offset >= 0 && o0 + output < args.out ? to_float(dy[offset + o0 + output]) : 0.f;
       }
       RTL_PLANT(1, sync_block(), (void)0);
-      RTL_UNROLL
+      RTL_UNROLL_TWICE  // four at a time would not fit into the registers on sm_100
       for (int step = 0; step < P::kOutputs; step += 4 * kSmallWarps) {
         const int output = step + warp_index() * 4 + sub;
         const int64_t o = o0 + output;

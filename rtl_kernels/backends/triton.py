@@ -2,7 +2,8 @@
 
 Every operator of reference.py but batch norm, in float32 (exact unless TF32 is asked for), float16 and bfloat16 (sums
 in float32), shared and untied. The kernels and their mathematics: triton_kernels/kernels.py. No host synchronisation,
-no atomics, nothing tuned at run time; every launch can be captured in a CUDA graph.
+no atomics, nothing tuned at run time (triton_kernels/tune.py is a command); every launch can be captured in a CUDA
+graph.
 
 Verified by compilation and by Triton's interpreter against float64; not run on hardware. Triton is imported by the
 first call that launches a kernel, not before.
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..ops import define
 from .triton_kernels import launch
+from .triton_kernels.configs import Config, Problem
 
 __all__ = ["name", "operators", "supports"]
 
@@ -53,6 +55,17 @@ def supports(operation: str, x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+@functools.cache
+def _choose(device: int) -> Callable[[Problem], Config]:
+    """The table, or what has been tuned on this device and kept."""
+    import triton
+
+    from .triton_kernels import tune
+
+    known = torch.cuda.get_device_name(device)
+    return tune.Tuned(tune.load(tune.path_for(known), known, triton.__version__))
+
+
 def _run(step: launch.Launch) -> None:
     from .triton_kernels import kernels
 
@@ -68,7 +81,7 @@ def _implementation(operator: Callable[..., Any]) -> Callable[..., Any]:
             major, minor = torch.cuda.get_device_capability(x.device)
             # As torch.set_float32_matmul_precision or torch.backends.cuda.matmul say; exact unless they are changed.
             tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-            return operator(launch.Target(_run, 10 * major + minor, tf32), x, *args)
+            return operator(launch.Target(_run, 10 * major + minor, tf32, _choose(x.get_device())), x, *args)
 
     return implementation
 

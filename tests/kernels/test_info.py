@@ -30,6 +30,8 @@ def test_it_says_why_a_backend_was_refused():
     text = info.describe({"cuda": None, "operators": rows})
     assert text.splitlines() == [
         "cuda       none",
+        "the cuda and triton backends are verified by compilation, interpretation and emulation; "
+        "they have not been run on hardware",
         "masked_linear on cpu, float32, float16: runs on reference",
         "  not cpu: not built",
         "masked_linear on cpu, float64: runs on reference",

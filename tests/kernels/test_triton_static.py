@@ -188,3 +188,30 @@ def test_the_roofline_is_a_lower_bound_and_says_that_it_is_a_prediction():
     ]
     assert row["flops"] == 2 * 256 * 2048 * 2048
     assert row["bytes"] == 2 * (2048 * 2048 + 2 * 256 * 2048) + 8 * 2048 * 2048 // 8
+
+
+def test_the_roofline_has_the_cuda_kernels():
+    roofline = _script("gpu_roofline")
+    table = {(r["kernel"], r["arch"], r["dtype"], r["layer"]): r for r in roofline.cuda_rows()}
+    # A row for each of eight masks reads the weight and the bits and little else, on the ordinary units: with sixteen
+    # these are the bound.
+    one, many = (table["cuda.small_forward", 90, "float16", f"linear 2048→2048, {rows} a mask"] for rows in (1, 16))
+    assert one["flops"] == one["dense_flops"] == 2 * 8 * 2048 * 2048
+    assert one["bytes"] == 2 * (2048 * 2048 + 2 * 8 * 2048) + 8 * 2048 * 2048 // 8
+    assert (one["bound"], many["bound"]) == ("memory", "compute")
+    # 32 rows a mask fill half of a tile of 64.
+    gemm = table["cuda.gemm_forward", 80, "float16", "linear 2048→2048"]
+    assert gemm["flops"] == 2 * gemm["dense_flops"]
+    assert table["cuda.gemm_grad_weight", 80, "float16", "linear 2048→2048"]["flops"] == gemm["dense_flops"]
+    assert table["cuda.depthwise_forward", 80, "float32", "depthwise 3×3 128"]["bound"] == "memory"
+    assert {r["kernel"] for r in table.values()} == {
+        f"cuda.{kind}_{result}"
+        for kind, results in (
+            ("small", ("forward", "grad_input")),
+            ("gemm", ("forward", "grad_input", "grad_weight")),
+            ("depthwise", ("forward", "grad_input", "grad_weight")),
+        )
+        for result in results
+    }
+    header = (BENCHMARKS.parent / "csrc" / "cuda" / "launch.h").read_text()
+    assert f"kSmallRows = {roofline.SMALL_ROWS};" in header

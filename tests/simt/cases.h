@@ -32,7 +32,7 @@ struct DepthwiseCase {
   std::string kinds = "h";
   bool channel_major = false, ordered = false;
   int64_t repeat = 1;
-  bool untied = false, bias = false;
+  bool untied = false, bias = false, transposed = false;
   int64_t sample_stride = 0;
 };
 
@@ -131,7 +131,20 @@ inline std::vector<DepthwiseCase> depthwise_cases(const std::string& size) {
     add("5x5", [](auto& k) {
       k.counts = {0, 2, 3}, k.channels = 3, k.in_h = 9, k.in_w = 11, k.kernel_h = k.kernel_w = 5, k.pad = 2, k.stride_h = k.stride_w = 2;
     });
+    add("transposed every", [](auto& k) {
+      k.masks = 3, k.counts = {0, 2, 2, 2}, k.repeat = 3, k.channels = 2, k.multiplier = 3, k.in_h = 7, k.in_w = 6, k.stride_h = 2, k.stride_w = 3;
+      k.transposed = k.bias = true;
+    });
     if (size == "tiny") continue;
+    add("transposed", [](auto& k) {
+      k.counts = {2, 3, 1}, k.channels = 5, k.in_h = 9, k.in_w = 8, k.kernel_h = 2, k.pad = 1, k.dilation = 2, k.transposed = k.bias = k.ordered = true;
+    });
+    add("transposed untied", [](auto& k) {
+      k.counts = {0, 3, 1}, k.channels = 3, k.multiplier = 2, k.in_h = 9, k.in_w = 8, k.transposed = k.bias = k.untied = k.channel_major = true;
+    });
+    // More filters to a channel than are staged at a time.
+    add("wide multiplier", [](auto& k) { k.counts = {0, 1, 2}, k.channels = 2, k.multiplier = 130, k.in_h = 4, k.in_w = 5, k.kernel_h = k.kernel_w = 4, k.pad = 2; });
+    add("wide multiplier every", [](auto& k) { k.counts = {0, 1, 1}, k.repeat = 2, k.channels = 1, k.multiplier = 229, k.in_h = 3, k.in_w = 3; });
     add("stride", [](auto& k) { k.counts = {1, 2, 2}, k.channels = 4, k.in_h = 10, k.in_w = 13, k.stride_h = 1, k.stride_w = 2, k.pad = 0, k.bias = true; });
     add("multiplier", [](auto& k) { k.counts = {1, 2, 2}, k.channels = 3, k.multiplier = 3, k.in_h = 6, k.in_w = 7, k.dilation = 2, k.pad = 2, k.ordered = true; });
     add("untied", [](auto& k) { k.counts = {0, 2, 3}, k.channels = 6, k.in_h = 7, k.in_w = 7, k.untied = k.bias = true; });

@@ -349,7 +349,7 @@ struct DepthwiseRun {
   const DepthwiseCase& c;
   Masks masks;
   Routing routing;
-  int64_t outputs, out_h, out_w, taps, rows, x_rows;
+  int64_t outputs, out_h, out_w, taps, rows, x_rows, y_rows;
   Buffer x, dy, weight, bias, y, dx, dw, db;
   rtl::DepthwiseArgs args;
 
@@ -361,16 +361,17 @@ struct DepthwiseRun {
     out_h = (c.in_h + 2 * c.pad - c.dilation * (c.kernel_h - 1) - 1) / c.stride_h + 1;
     out_w = (c.in_w + 2 * c.pad - c.dilation * (c.kernel_w - 1) - 1) / c.stride_w + 1;
     taps = c.kernel_h * c.kernel_w;
-    rows = routing.route.rows, x_rows = rows / c.repeat;
+    rows = routing.route.rows;
+    x_rows = c.transposed ? rows : rows / c.repeat, y_rows = c.transposed ? rows / c.repeat : rows;
     const int64_t copies = c.untied ? c.masks : 1;
     x = Buffer(c.type, extent(x_strides(), x_rows, c.channels, c.in_h, c.in_w));
-    dy = Buffer(c.type, extent(y_strides(), rows, outputs, out_h, out_w));
+    dy = Buffer(c.type, extent(y_strides(), y_rows, outputs, out_h, out_w));
     weight = Buffer(c.type, copies * outputs * taps);
     bias = Buffer(c.type, copies * outputs);
     each(x_rows, c.channels, c.in_h, c.in_w, [&](int64_t n, int64_t ch, int64_t h, int64_t w) {
       x.set(at(x_strides(), n, ch, h, w), random.value());
     });
-    each(rows, outputs, out_h, out_w, [&](int64_t n, int64_t o, int64_t h, int64_t w) {
+    each(y_rows, outputs, out_h, out_w, [&](int64_t n, int64_t o, int64_t h, int64_t w) {
       dy.set(at(y_strides(), n, o, h, w), random.value());
     });
     for (int64_t i = 0; i < copies * outputs * taps; i++) weight.set(i, random.value());
@@ -383,7 +384,7 @@ struct DepthwiseRun {
     args.stride_h = int(c.stride_h), args.stride_w = int(c.stride_w);
     args.pad_top = args.pad_left = int(c.pad);
     args.dilation_h = args.dilation_w = int(c.dilation);
-    args.untied = c.untied, args.batch_inner = c.channel_major;
+    args.untied = c.untied, args.batch_inner = c.channel_major, args.transposed = c.transposed;
   }
 
   rtl::Strides strides(int64_t n, int64_t channels, int64_t h, int64_t w) const {
@@ -392,7 +393,7 @@ struct DepthwiseRun {
     return {channels * h * w, h * w, w, 1};
   }
   rtl::Strides x_strides() const { return strides(x_rows, c.channels, c.in_h, c.in_w); }
-  rtl::Strides y_strides() const { return strides(rows, outputs, out_h, out_w); }
+  rtl::Strides y_strides() const { return strides(y_rows, outputs, out_h, out_w); }
   static int64_t at(const rtl::Strides& s, int64_t n, int64_t ch, int64_t h, int64_t w) {
     return n * s.n + ch * s.c + h * s.h + w * s.w;
   }
@@ -420,16 +421,23 @@ struct DepthwiseRun {
   double w(int64_t g, int64_t o, int64_t tap) const {
     return weight.get(((c.untied ? (g - 1) * outputs : 0) + o) * taps + tap);
   }
+  // Which of the two holds a sample once for all its repeats.
+  int64_t x_sample(int64_t r) const { return c.transposed ? routing.sample(r) : routing.shared_sample(r); }
+  int64_t y_sample(int64_t r) const { return c.transposed ? routing.shared_sample(r) : routing.sample(r); }
+  // The bias belongs to what the convolution gives, which a transposed one gives on x's side.
+  void add_bias(Sum& sum, int64_t r, int64_t o, int64_t width) const {
+    if (c.bias) sum.add(bias.get((c.untied ? (routing.group[size_t(r)] - 1) * width : 0) + o));
+  }
   double x_at(int64_t r, int64_t o, int64_t ih, int64_t iw) const {
-    return x.get(at(x_strides(), routing.shared_sample(r), o / c.multiplier, ih, iw));
+    return x.get(at(x_strides(), x_sample(r), o / c.multiplier, ih, iw));
   }
   double dy_at(int64_t r, int64_t o, int64_t oh, int64_t ow) const {
-    return dy.get(at(y_strides(), routing.sample(r), o, oh, ow));
+    return dy.get(at(y_strides(), y_sample(r), o, oh, ow));
   }
 
   // Everything once, compared with nothing.
   void run_unchecked() {
-    y = Buffer(c.type, extent(y_strides(), rows, outputs, out_h, out_w));
+    y = Buffer(c.type, extent(y_strides(), y_rows, outputs, out_h, out_w));
     dx = Buffer(c.type, extent(x_strides(), x_rows, c.channels, c.in_h, c.in_w));
     dw = Buffer(c.type, (c.untied ? c.masks : 1) * outputs * taps);
     rtl::DepthwiseArgs a = args;
@@ -444,35 +452,42 @@ struct DepthwiseRun {
   void run(const std::string& family) {
     const auto wants = [&](const char* name) { return family.empty() || std::string(name).rfind(family, 0) == 0; };
     if (wants("depthwise_forward")) {
-      y = Buffer(c.type, extent(y_strides(), rows, outputs, out_h, out_w));
+      y = Buffer(c.type, extent(y_strides(), y_rows, outputs, out_h, out_w));
       rtl::DepthwiseArgs a = args;
       a.x = x.data, a.x_strides = x_strides(), a.y = y.data, a.y_strides = y_strides();
-      a.bias = c.bias ? bias.data : nullptr;
+      a.bias = c.bias && !c.transposed ? bias.data : nullptr;
       check(rtl::masked_depthwise(c.type, a, nullptr), c.name);
-      std::vector<Sum> sums(size_t(rows * outputs * out_h * out_w));
+      std::vector<Sum> sums(size_t(y_rows * outputs * out_h * out_w));
       const auto slot = [&](int64_t r, int64_t o, int64_t h, int64_t w) { return size_t(((r * outputs + o) * out_h + h) * out_w + w); };
       products([&](int64_t r, int64_t o, int64_t oh, int64_t ow, int64_t ih, int64_t iw, int64_t tap) {
         const int64_t g = routing.group[size_t(r)];
-        if (masks.kept(g, o, tap)) sums[slot(r, o, oh, ow)].add(x_at(r, o, ih, iw) * w(g, o, tap));
+        if (masks.kept(g, o, tap)) sums[slot(y_sample(r), o, oh, ow)].add(x_at(r, o, ih, iw) * w(g, o, tap));
       });
-      each(rows, outputs, out_h, out_w, [&](int64_t r, int64_t o, int64_t h, int64_t w) {
-        Sum sum = sums[slot(r, o, h, w)];
-        if (c.bias) sum.add(bias.get((c.untied ? (routing.group[size_t(r)] - 1) * outputs : 0) + o));
-        compare("y", c.name, y, at(y_strides(), routing.sample(r), o, h, w), sum);
+      if (!c.transposed)
+        each(rows, outputs, out_h, out_w, [&](int64_t r, int64_t o, int64_t h, int64_t w) {
+          add_bias(sums[slot(y_sample(r), o, h, w)], r, o, outputs);
+        });
+      each(y_rows, outputs, out_h, out_w, [&](int64_t n, int64_t o, int64_t h, int64_t w) {
+        compare("y", c.name, y, at(y_strides(), n, o, h, w), sums[slot(n, o, h, w)]);
       });
     }
     if (wants("depthwise_grad_input")) {
       dx = Buffer(c.type, extent(x_strides(), x_rows, c.channels, c.in_h, c.in_w));
       rtl::DepthwiseArgs a = args;
       a.x = dy.data, a.x_strides = y_strides(), a.y = dx.data, a.y_strides = x_strides();
+      a.bias = c.bias && c.transposed ? bias.data : nullptr;
       check(rtl::masked_depthwise_grad_input(c.type, a, nullptr), c.name);
       std::vector<Sum> sums(size_t(x_rows * c.channels * c.in_h * c.in_w));
       const auto slot = [&](int64_t n, int64_t ch, int64_t h, int64_t w) { return size_t(((n * c.channels + ch) * c.in_h + h) * c.in_w + w); };
       products([&](int64_t r, int64_t o, int64_t oh, int64_t ow, int64_t ih, int64_t iw, int64_t tap) {
         const int64_t g = routing.group[size_t(r)];
         if (masks.kept(g, o, tap))
-          sums[slot(routing.shared_sample(r), o / c.multiplier, ih, iw)].add(dy_at(r, o, oh, ow) * w(g, o, tap));
+          sums[slot(x_sample(r), o / c.multiplier, ih, iw)].add(dy_at(r, o, oh, ow) * w(g, o, tap));
       });
+      if (c.transposed)
+        each(rows, c.channels, c.in_h, c.in_w, [&](int64_t r, int64_t ch, int64_t h, int64_t w) {
+          add_bias(sums[slot(x_sample(r), ch, h, w)], r, ch, c.channels);
+        });
       each(x_rows, c.channels, c.in_h, c.in_w, [&](int64_t n, int64_t ch, int64_t h, int64_t w) {
         compare("dx", c.name, dx, at(x_strides(), n, ch, h, w), sums[slot(n, ch, h, w)]);
       });
@@ -496,7 +511,20 @@ struct DepthwiseRun {
       for (size_t i = 0; i < sums.size(); i++) compare("dw", c.name, dw, int64_t(i), sums[i]);
       if (c.bias)
         for (size_t i = 0; i < bias_sums.size(); i++) compare("db", c.name, db, int64_t(i), bias_sums[i]);
+      if (c.bias && c.transposed) check_bias_alone(a, copies);
     }
+  }
+  // A transposed convolution's db is of the tensor on x's side: a call that wants nothing else.
+  void check_bias_alone(rtl::DepthwiseArgs a, int64_t copies) {
+    db = Buffer(c.type, copies * c.channels);
+    a.x = nullptr, a.dy = x.data, a.dy_strides = x_strides(), a.y = nullptr, a.db = db.data;
+    a.multiplier = 1, a.out_h = c.in_h, a.out_w = c.in_w, a.transposed = false;
+    check(rtl::masked_depthwise_grad_weight(c.type, a, nullptr), c.name);
+    std::vector<Sum> sums(size_t(copies * c.channels));
+    each(rows, c.channels, c.in_h, c.in_w, [&](int64_t r, int64_t ch, int64_t h, int64_t w) {
+      sums[size_t((c.untied ? routing.group[size_t(r)] - 1 : 0) * c.channels + ch)].add(x.get(at(x_strides(), x_sample(r), ch, h, w)));
+    });
+    for (size_t i = 0; i < sums.size(); i++) compare("db alone", c.name, db, int64_t(i), sums[i]);
   }
 };
 

@@ -108,6 +108,37 @@ def build(mode: str, plant: str = "simt::planted") -> Path:
     return runner
 
 
+@functools.cache
+def build_backend() -> Path:
+    """The operators of csrc/registration_cuda.cpp over the emulated kernels: a library that torch loads."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    glue = ROOT / "csrc" / "registration_cuda.cpp"
+    shared = ["g++", "-std=c++17", "-fPIC", "-g1", f"-I{HERE}", f"-I{CUDA}", "-Wall", "-Werror"]
+    kernels = [*shared, "-O2", "-fno-strict-aliasing", "-Wextra", "-x", "c++"]
+    emulator = [*shared, "-O2", "-fno-builtin", "-fno-tree-loop-distribute-patterns"]
+    torch = [f"-isystem{path}" for path in include_paths()]
+    defines = ["-DRTL_EMULATED", '-DRTL_BACKEND="emulated"', "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    operators = [*shared, "-O1", f"-I{ROOT / 'csrc'}", *torch, *defines]
+    steps = [(kernels, CUDA / "launch.cu"), (kernels, HERE / "simt_copy.cpp"), (emulator, HERE / "simt.cpp")]
+    steps.append((operators, glue))
+    objects = [_made(f"{source.stem}.o", [*compiler, "-c", str(source)], source) for compiler, source in steps]
+    libraries = ["-Wl,--no-as-needed", *[f"-L{path}" for path in library_paths()], "-ltorch_cpu"]
+    return _made("_emulated.so", ["g++", "-shared", *map(str, objects), *libraries], glue)
+
+
+def _made(name: str, command: list[str], source: Path) -> Path:
+    """What a command writes to its -o, made once for this state of the sources."""
+    folder = cache_folder(name, source.read_text(), *command)
+    made = folder / name
+    if not made.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            subprocess.run([*command, "-o", f"{work}/{name}"], check=True)
+            os.replace(f"{work}/{name}", made)
+    return made
+
+
 def run(
     mode: str, *arguments: str, plant: str = "simt::planted", timeout: float = 1200
 ) -> subprocess.CompletedProcess[str]:

@@ -101,8 +101,9 @@ def test_occupancy_arithmetic() -> None:
 
 def test_rows_are_merged(tmp_path: Path) -> None:
     path = tmp_path / "gpu_static.json"
-    static.merge_rows(path, [{"kernel": "triton.a", "arch": "sm_80", "registers": 1}])
+    correlate = [{"kernel": "correlate", "arch": 80, "layer": layer} for layer in "ab"]
+    path.write_text(json.dumps({"rows": correlate}))
     static.merge_rows(path, [{"kernel": "cuda.b", "arch": "sm_80", "registers": 2}])
     static.merge_rows(path, [{"kernel": "cuda.b", "arch": "sm_80", "registers": 3}])
     found = json.loads(path.read_text())["rows"]
-    assert [(row["kernel"], row["registers"]) for row in found] == [("cuda.b", 3), ("triton.a", 1)]
+    assert found == [{"kernel": "cuda.b", "arch": "sm_80", "registers": 3}, *correlate]

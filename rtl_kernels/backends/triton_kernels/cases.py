@@ -5,14 +5,14 @@ Made on the meta device: the operators run on shapes alone and their launches ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import launch
-from .configs import Problem
+from .configs import Config, Problem, choose
 from .launch import Launch, Target
 
 __all__ = ["ARITHMETIC", "LAYERS", "VARIANTS", "Layer", "problems", "record"]
@@ -86,25 +86,37 @@ VARIANTS = (
 )
 
 
-def record(layer: Layer, arithmetic: str, architecture: int) -> list[Launch]:
-    """Every launch of a layer's forward, dX and dW."""
+def record(
+    layer: Layer,
+    arithmetic: str,
+    architecture: int,
+    choose: Callable[[Problem], Config] = choose,
+    device: str = "meta",
+) -> list[Launch]:
+    """Every launch of a layer's forward, dX and dW, in order; on tensors with samples shared out evenly and every bit
+    set if `device` is not meta."""
     dtype, tf32 = ARITHMETIC[arithmetic]
     launches: list[Launch] = []
-    target = Target(launches.append, architecture, tf32)
+    target = Target(launches.append, architecture, tf32, choose)
     shape: tuple[int, ...] = (layer.outputs, layer.inputs // layer.groups)
     shape += (layer.kernel, layer.kernel) if layer.size else ()
     row_bits = shape[1] * (layer.kernel**2 if layer.size else 1)
 
-    def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
+    def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
 
     lead = (layer.masks,) if layer.untied else ()
-    x, weight = empty(layer.batch, layer.inputs, *layer.size), empty(*lead, *shape)
-    words = empty(layer.masks, layer.outputs, -(-row_bits // 32), dtype=torch.int32)
-    offsets = empty(layer.masks + 2, dtype=torch.int64)
-    order = empty(layer.batch, dtype=torch.int64) if layer.order else None
+    x, weight = zeros(layer.batch, layer.inputs, *layer.size), zeros(*lead, *shape)
+    words = zeros(layer.masks, layer.outputs, -(-row_bits // 32), dtype=torch.int32)
+    offsets = zeros(layer.masks + 2, dtype=torch.int64)
+    order = zeros(layer.batch, dtype=torch.int64) if layer.order else None
+    if device != "meta":
+        words -= 1
+        offsets[1:] = torch.arange(layer.masks + 1, device=device) * layer.rows // layer.masks
+        if order is not None:
+            order += torch.arange(layer.batch, device=device)
     routing = words, offsets, order, layer.masks if layer.every else 1
-    bias = empty(*lead, layer.outputs) if layer.bias else None
+    bias = zeros(*lead, layer.outputs) if layer.bias else None
     if layer.size:
         pad, stride = layer.padding, [layer.stride] * 2
         geometry = stride, [pad] * 4, [1, 1], layer.groups

@@ -33,6 +33,7 @@ class Config:
     BLOCK_K: int
     warps: int
     stages: int
+    registers: int | None = None  # the most a thread may take; None: as the compiler chooses
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ _TILES = {
 }
 
 
+# (arithmetic, kind, BLOCK_O) of weight_grad where the compiler, left to itself, stops at 128 registers for the sake of
+# another block and spills: 16 bytes on sm_86 and sm_89, 20 bytes on sm_100.
+_ALL_REGISTERS = {("half", "planes", 32), ("tf32", "windows", 64)}
+
+
 def choose(problem: Problem) -> Config:
     """The configuration for a problem."""
     block_o = 32 if problem.outputs <= 32 else 64
@@ -82,6 +88,12 @@ def choose(problem: Problem) -> Config:
     block_r, block_k = _TILES[problem.kernel][problem.arithmetic][problem.kind]
     two_sums = problem.kernel == "weight_grad" and problem.arithmetic != "half"
     warps = 8 if problem.kind == "windows" or two_sums else 4
+    if problem.kernel == "weight_grad" and (problem.arithmetic, problem.kind, block_o) in _ALL_REGISTERS:
+        return Config(block_o, block_r, block_k, warps, _stages(problem), 255)
     if problem.arithmetic == "float32":
         return Config(block_o, block_r, min(block_k, block_o), warps, 2)
-    return Config(block_o, block_r, block_k, warps, 4 if problem.architecture in (86, 89) else 6)
+    return Config(block_o, block_r, block_k, warps, _stages(problem))
+
+
+def _stages(problem: Problem) -> int:
+    return 4 if problem.architecture in (86, 89) else 6

@@ -162,7 +162,8 @@ def _launch(
     if max(grid) > _LIMIT or grid[1] > 65535:
         raise ValueError(f"{kernel} would take a grid of {grid} programs, more than a GPU's grid holds")
     if min(grid) > 0:
-        target.run(Launch(kernel, grid, arguments, constants, config.warps, config.stages, registers))
+        most = config.registers if registers is None else registers
+        target.run(Launch(kernel, grid, arguments, constants, config.warps, config.stages, most))
 
 
 _SMALL = Config(0, 0, 0, 4, 1)  # of the kernels that have no product in them

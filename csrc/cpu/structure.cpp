@@ -132,7 +132,7 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
   auto found = c.entries.find(key);
   if (found != c.entries.end()) {
     Entry& entry = found->second;
-    if (std::memcmp(entry.words.data(), words, length * sizeof(uint32_t)) == 0) {
+    if (length == 0 || std::memcmp(entry.words.data(), words, length * sizeof(uint32_t)) == 0) {
       c.order.splice(c.order.end(), c.order, entry.used);
       return entry.structure;
     }

@@ -1,10 +1,11 @@
 # make setup | demo | test | lint: each sets up what it needs first, and is quick when run again.
+# make sanitize | verify-neon: what is too slow for `make test` (tests/cpu/check.py).
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint sanitize verify-neon clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: setup
+	$(BIN)/python tests/cpu/check.py sanitize
+
+# Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+verify-neon: setup
+	$(BIN)/python tests/cpu/check.py neon
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -15,14 +15,20 @@ from pathlib import Path
 from setuptools import setup
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# The kernels are one source compiled for each instruction set; what runs is chosen when the library is loaded.
-LEVELS = {"level_baseline.cpp": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS["level_avx2.cpp"] = ["-mavx2", "-mfma"]
-    LEVELS["level_avx512.cpp"] = [
-        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512cd", "-mfma"),
-        "-mprefer-vector-width=512",
-    ]
+
+
+def levels(machine: str) -> dict[str, list[str]]:
+    """The kernels are one source compiled for each instruction set; what runs is chosen when the library is loaded."""
+    if machine not in ("x86_64", "AMD64"):
+        return {"level_baseline.cpp": []}
+    return {
+        "level_baseline.cpp": [],
+        "level_avx2.cpp": ["-mavx2", "-mfma"],
+        "level_avx512.cpp": [
+            *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512cd", "-mfma"),
+            "-mprefer-vector-width=512",
+        ],
+    }
 
 
 def why_not() -> str | None:
@@ -50,7 +56,7 @@ def extension() -> dict:
             compiler = os.environ.get("CXX", "g++").split()
             headers = [*glob("csrc/cpu/kernels*.h"), "setup.py"]
             running = []
-            for source, flags in LEVELS.items():
+            for source, flags in levels(platform.machine()).items():
                 built = folder / f"{Path(source).stem}.o"
                 path = f"csrc/cpu/{source}"
                 if not built.exists() or built.stat().st_mtime < max(os.path.getmtime(p) for p in (path, *headers)):
@@ -74,7 +80,8 @@ def extension() -> dict:
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
-reason = why_not()
-if reason is not None:
-    print(f"rtl_kernels: the compiled CPU backend is not built: {reason}", file=sys.stderr)
-setup(**({} if reason is not None else extension()))
+if __name__ == "__main__":  # which it is for setuptools and pip; tests/cpu/check.py reads the flags
+    reason = why_not()
+    if reason is not None:
+        print(f"rtl_kernels: the compiled CPU backend is not built: {reason}", file=sys.stderr)
+    setup(**({} if reason is not None else extension()))

@@ -1,10 +1,11 @@
-# make setup | demo | test | lint | bench | verify-gpu | bench-gpu: each sets up what it needs first, and is quick when run again.
+# make setup | demo | test | lint | bench | bench-gpu: each sets up what it needs first, and is quick when run again.
+# make sanitize | verify-neon | verify-gpu: what is too slow for `make test`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench verify-gpu bench-gpu clean
+.PHONY: setup demo test lint bench sanitize verify-neon verify-gpu bench-gpu clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,14 @@ lint: setup
 # Less than everything there is to measure, in less than ten minutes.
 bench: setup
 	$(BIN)/python -m benchmarks --reduced
+
+# tests/cpu/check.py: the CPU kernels against naive loops.
+sanitize: setup
+	$(BIN)/python tests/cpu/check.py sanitize
+
+# Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+verify-neon: setup
+	$(BIN)/python tests/cpu/check.py neon
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

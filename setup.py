@@ -22,15 +22,21 @@ from setuptools import setup
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# The kernels are one source compiled for each instruction set; what runs is chosen when the library is loaded.
-LEVELS = {"level_baseline.cpp": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS["level_avx2.cpp"] = ["-mavx2", "-mfma"]
-    LEVELS["level_avx512.cpp"] = [
-        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512cd", "-mfma"),
-        "-mprefer-vector-width=512",
-    ]
 CUDA_ARCHITECTURES = "80;86;89;90;100"
+
+
+def instruction_sets(machine: str) -> dict[str, list[str]]:
+    """The kernels are one source compiled for each instruction set; what runs is chosen when the library is loaded."""
+    if machine not in ("x86_64", "AMD64"):
+        return {"level_baseline.cpp": []}
+    return {
+        "level_baseline.cpp": [],
+        "level_avx2.cpp": ["-mavx2", "-mfma"],
+        "level_avx512.cpp": [
+            *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512cd", "-mfma"),
+            "-mprefer-vector-width=512",
+        ],
+    }
 
 
 def why_not() -> str | None:
@@ -146,10 +152,10 @@ def levels(folder: Path) -> list[tuple[Path, list[str], list[str]]]:
     """(object, command, sources) of the CPU kernels, for each instruction set."""
     compiler = os.environ.get("CXX", "g++").split()
     jobs = []
-    for source, flags in LEVELS.items():
+    for source, flags in instruction_sets(platform.machine()).items():
         path, built = f"csrc/cpu/{source}", folder / "levels" / f"{Path(source).stem}.o"
         command = [*compiler, *FLAGS, *flags, "-c", path, "-o", str(built)]
-        jobs.append((built, command, [path, *glob("csrc/cpu/kernels*.h")]))
+        jobs.append((built, command, [path, *"csrc/cpu/kernels.h", *glob("csrc/cpu/*_impl.h")]))
     return jobs
 
 

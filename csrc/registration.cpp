@@ -8,10 +8,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
 #include "cpu/operators.h"
+#include "cpu/structure.h"
 
 namespace rtl_kernels {
 namespace {
@@ -459,4 +463,31 @@ STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CPU, m) {
   RTL_IMPL(subset_batch_norm);
   RTL_IMPL(subset_batch_norm_grad);
 #undef RTL_IMPL
+}
+
+// ---- what rtl_kernels/info.py tells of this library
+
+namespace rtl_kernels {
+namespace {
+
+std::string cpu_level() { return level().name; }
+std::vector<std::string> cpu_levels() { return available_levels(); }  // best first
+int64_t cpu_cache_bytes() { return cached_bytes(); }
+int64_t cpu_cache_limit() { return cache_limit(); }
+
+}  // namespace
+}  // namespace rtl_kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rtl_kernels, m) {
+  m.def("cpu_level() -> str");
+  m.def("cpu_levels() -> str[]");
+  m.def("cpu_cache_bytes() -> int");
+  m.def("cpu_cache_limit() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&rtl_kernels::cpu_level));
+  m.impl("cpu_levels", TORCH_BOX(&rtl_kernels::cpu_levels));
+  m.impl("cpu_cache_bytes", TORCH_BOX(&rtl_kernels::cpu_cache_bytes));
+  m.impl("cpu_cache_limit", TORCH_BOX(&rtl_kernels::cpu_cache_limit));
 }

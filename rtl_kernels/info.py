@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import functional
+from .backends import cpu
 from .masks import MaskBank
 from .routing import Route
 
@@ -25,7 +26,9 @@ _EXAMPLE = """example:
   $ python -m rtl_kernels.info
   rtl_kernels  0.1.0
   ...
-  masked_linear on cpu, float32, float64, float16, bfloat16: runs on reference
+  compiled     yes, runs avx512 (RTL_KERNELS_CPU_LEVEL: avx512, avx2, baseline)
+  ...
+  masked_linear on cpu, float32, float64, float16, bfloat16: runs on cpu
 
 Attach the output to a bug report. From Python: rtl_kernels.info.collect() gives the same as a dict."""
 
@@ -35,6 +38,8 @@ def collect() -> dict[str, Any]:
 
     Returns:
         {"rtl_kernels", "torch", "python", "platform", "cpu", "threads", "cuda": its name or None, "backends": [...],
+        "compiled": {"level", "levels", "cache_bytes", "cache_limit"} of the compiled backend in this process, or
+        {"missing": why it is not there}, or {"refused": why it does not run},
         "operators": [{"operation", "device", "dtype", "backend", "refused": {backend: reason}}, ...]}, all of it JSON.
         Nothing is run: a tiny call of each operator, device and dtype is explained (`rtl_kernels.explain`).
     """
@@ -52,6 +57,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if cuda else None,
         "backends": list(functional.BACKENDS),
+        "compiled": _compiled(),
         "operators": [
             _explain(operation, device, dtype)
             for operation in (
@@ -63,6 +69,22 @@ def collect() -> dict[str, Any]:
             for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
         ],
     }
+
+
+def _compiled() -> dict[str, Any]:
+    """The compiled CPU backend: its instructions, and the compiled masks it keeps."""
+    if cpu.unavailable is not None:
+        return {"missing": cpu.unavailable}
+    operators = torch.ops.rtl_kernels
+    try:
+        return {
+            "level": operators.cpu_level(),
+            "levels": operators.cpu_levels(),
+            "cache_bytes": operators.cpu_cache_bytes(),
+            "cache_limit": operators.cpu_cache_limit(),
+        }
+    except (RuntimeError, ValueError) as error:  # an environment variable it cannot follow: its operators say the same
+        return {"refused": str(error).splitlines()[0]}
 
 
 def _explain(operation: Any, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -87,6 +109,9 @@ def describe(collected: dict[str, Any]) -> str:
     for key, value in collected.items():
         if key == "operators":
             continue
+        if key == "compiled":
+            lines += [f"{name:<{width}}{text}" for name, text in _describe_compiled(value)]
+            continue
         text = ", ".join(value) if isinstance(value, list) else value
         lines.append(f"{key:<{width}}{'none' if text is None else text}")
     alike: dict[tuple[Any, ...], list[str]] = {}
@@ -98,6 +123,18 @@ def describe(collected: dict[str, Any]) -> str:
         lines.append(f"{operation} on {device}, {', '.join(dtypes)}: runs on {backend}")
         lines += [f"  not {name}: {reason}" for name, reason in refused]
     return "\n".join(lines)
+
+
+def _describe_compiled(compiled: dict[str, Any]) -> list[tuple[str, str]]:
+    if "missing" in compiled:
+        return [("compiled", f"no: {compiled['missing']}")]
+    if "refused" in compiled:
+        return [("compiled", f"yes, but {compiled['refused']}")]
+    megabytes = compiled["cache_bytes"] / 2**20, compiled["cache_limit"] >> 20
+    return [
+        ("compiled", f"yes, runs {compiled['level']} (RTL_KERNELS_CPU_LEVEL: {', '.join(compiled['levels'])})"),
+        ("masks kept", f"{megabytes[0]:.1f} of at most {megabytes[1]} MB (RTL_KERNELS_CACHE_MB)"),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

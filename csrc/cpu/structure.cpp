@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 
 namespace rtl_kernels {
 namespace {
@@ -102,12 +103,7 @@ struct Cache {
   std::map<Key, Entry> entries;
   std::list<Key> order;  // least recently used first
   int64_t bytes = 0;
-  int64_t limit;
-
-  Cache() {
-    const char* megabytes = std::getenv("RTL_KERNELS_CACHE_MB");
-    limit = (megabytes && *megabytes ? std::atoll(megabytes) : 1024) << 20;
-  }
+  const int64_t limit = cache_limit();
 
   void drop(std::map<Key, Entry>::iterator at) {
     bytes -= at->second.bytes;
@@ -136,7 +132,7 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
   auto found = c.entries.find(key);
   if (found != c.entries.end()) {
     Entry& entry = found->second;
-    if (std::memcmp(entry.words.data(), words, length * sizeof(uint32_t)) == 0) {
+    if (length == 0 || std::memcmp(entry.words.data(), words, length * sizeof(uint32_t)) == 0) {
       c.order.splice(c.order.end(), c.order, entry.used);
       return entry.structure;
     }
@@ -154,6 +150,16 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
   c.entries.emplace(key, Entry{std::move(copy), structure, bytes, std::prev(c.order.end())});
   c.bytes += bytes;
   return structure;
+}
+
+int64_t cache_limit() {
+  const char* const given = std::getenv("RTL_KERNELS_CACHE_MB");
+  if (!given || !*given) return int64_t(1024) << 20;
+  char* end = nullptr;
+  const long long megabytes = std::strtoll(given, &end, 10);
+  if (*end || megabytes < 0 || megabytes > (1 << 30))
+    throw std::invalid_argument("RTL_KERNELS_CACHE_MB is '" + std::string(given) + "', expected whole megabytes, 0 or more");
+  return int64_t(megabytes) << 20;
 }
 
 int64_t cached_bytes() {

@@ -36,5 +36,6 @@ struct Structure {
 std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row);
 
 int64_t cached_bytes();
+int64_t cache_limit();  // in bytes; throws where RTL_KERNELS_CACHE_MB holds no number
 
 }  // namespace rtl_kernels

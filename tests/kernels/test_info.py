@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from rtl_kernels import functional, info
+from rtl_kernels import MaskBank, Route, functional, info, masked_linear
+from rtl_kernels.backends import cpu
 
 
 def test_it_collects_versions_backends_and_every_operator():
@@ -36,6 +37,34 @@ def test_it_says_why_a_backend_was_refused():
         "  not cpu: not built",
         "masked_linear on cpu, float64: runs on reference",
     ]
+
+
+@pytest.mark.skipif(cpu.unavailable is not None, reason=f"the cpu backend is not there: {cpu.unavailable}")
+def test_it_names_the_instructions_and_the_masks_kept():
+    bank = MaskBank.ones(1, (64, 64))
+    x = torch.ones(32, 64)
+    masked_linear(x, x.new_ones(64, 64), bank, Route.build([0] * 32, 1), backend="cpu")
+    compiled = info.collect()["compiled"]
+    assert compiled["level"] in compiled["levels"]
+    assert 0 < compiled["cache_bytes"] <= compiled["cache_limit"]
+    text = info.describe({"operators": [], "compiled": {**compiled, "cache_bytes": 3 << 19, "cache_limit": 5 << 20}})
+    levels = ", ".join(compiled["levels"])
+    assert text.splitlines() == [
+        f"compiled   yes, runs {compiled['level']} (RTL_KERNELS_CPU_LEVEL: {levels})",
+        "masks kept 1.5 of at most 5 MB (RTL_KERNELS_CACHE_MB)",
+    ]
+
+
+@pytest.mark.skipif(cpu.unavailable is not None, reason=f"the cpu backend is not there: {cpu.unavailable}")
+def test_it_tells_of_a_setting_that_the_kernels_refuse(monkeypatch):
+    monkeypatch.setenv("RTL_KERNELS_CACHE_MB", "1G")
+    text = info.describe({"operators": [], "compiled": info.collect()["compiled"]})
+    assert "yes, but RTL_KERNELS_CACHE_MB is '1G', expected" in text
+
+
+def test_it_says_why_there_is_no_compiled_backend():
+    text = info.describe({"operators": [], "compiled": {"missing": "the extension is not built"}})
+    assert text.split(maxsplit=1) == ["compiled", "no: the extension is not built"]
 
 
 def test_it_runs_as_a_module():

@@ -155,7 +155,7 @@ def levels(folder: Path) -> list[tuple[Path, list[str], list[str]]]:
     for source, flags in instruction_sets(platform.machine()).items():
         path, built = f"csrc/cpu/{source}", folder / "levels" / f"{Path(source).stem}.o"
         command = [*compiler, *FLAGS, *flags, "-c", path, "-o", str(built)]
-        jobs.append((built, command, [path, *"csrc/cpu/kernels.h", *glob("csrc/cpu/*_impl.h")]))
+        jobs.append((built, command, [path, "csrc/cpu/kernels.h", *glob("csrc/cpu/*_impl.h")]))
     return jobs
 
 

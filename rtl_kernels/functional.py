@@ -124,8 +124,35 @@ def _as_given(y: Tensor, route: Route) -> Tensor:
 # ---- the same, giving rows: what modules use between a wrapper's sorting and restoring
 
 
+@dataclass(frozen=True)
+class After:
+    """What a layer of a fused model does to its sums: act(scale · sums + shift + residual).
+
+    Attributes:
+        scale, shift: (O,), or (K, O) with one for each mask, in the dtype that sums are made in; None: 1 and 0.
+        residual: added, of the result's shape (of another that broadcasts with it, torch adds it afterwards).
+        relu: whether act is max(0, ·).
+        room: the result is channels [room[0], room[0] + O) of a tensor of room[1] channels; that one is returned.
+        buffer: that tensor, if another layer made it.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+    room: tuple[int, int] | None = None
+    buffer: Tensor | None = None
+
+
 def linear_rows(
-    x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bank: MaskBank,
+    route: Route,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    after: After | None = None,
 ) -> Tensor:
     """`masked_linear` giving (rows, ..., O): what a wrapped model's layers hand to one another."""
     _check_types(x, weight, bank, route, bias, 2)
@@ -133,7 +160,7 @@ def linear_rows(
     repeat = _check(x, weight, bank, route, bias, bank.shape[0])
     if x.dim() < 2 or x.shape[-1] != bank.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ..., {bank.shape[1]})")
-    return _run("masked_linear", x, weight, bank, route, bias, repeat, (), backend)
+    return _run("masked_linear", x, weight, bank, route, bias, repeat, (), backend, after)
 
 
 def conv2d_rows(
@@ -148,6 +175,7 @@ def conv2d_rows(
     groups: int = 1,
     *,
     backend: str = "auto",
+    after: After | None = None,
 ) -> Tensor:
     """`masked_conv2d` giving (rows, O, H', W')."""
     _check_types(x, weight, bank, route, bias, 4)
@@ -162,7 +190,8 @@ def conv2d_rows(
             f"x has shape {tuple(x.shape)}, which with padding {padding} is smaller than the kernel {tuple(kernel)} "
             f"with dilation {dilation}"
         )
-    return _run("masked_conv2d", x, weight, bank, route, bias, repeat, (strides, sides, dilations, groups), backend)
+    geometry = (strides, sides, dilations, groups)
+    return _run("masked_conv2d", x, weight, bank, route, bias, repeat, geometry, backend, after)
 
 
 def conv_transpose2d_rows(
@@ -178,6 +207,7 @@ def conv_transpose2d_rows(
     dilation: IntPair = 1,
     *,
     backend: str = "auto",
+    after: After | None = None,
 ) -> Tensor:
     """`masked_conv_transpose2d` giving (rows, O, H', W')."""
     _check_types(x, weight, bank, route, bias, 4)
@@ -194,7 +224,7 @@ def conv_transpose2d_rows(
     geometry = (strides, pads, extra, groups, dilations)
     if min(shapes.conv_transpose_size(x.shape[2:], bank.shape[2:], *geometry)) < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, which with padding {padding} leaves nothing of the output")
-    return _run("masked_conv_transpose2d", x, weight, bank, route, bias, repeat, geometry, backend)
+    return _run("masked_conv_transpose2d", x, weight, bank, route, bias, repeat, geometry, backend, after)
 
 
 # ---- which backend
@@ -374,11 +404,14 @@ def _run(
     repeat: int,
     geometry: tuple[Any, ...],
     backend: str,
+    after: After | None,
 ) -> Tensor:
     name = _backend(operation, x, weight, backend)
     if weight.dim() > len(bank.shape) and name == "cpu" and not torch.compiler.is_compiling() and route.offsets[1] > 0:
         # The compiled operator refuses it too, as a RuntimeError: the stable ABI has no other.
         raise ValueError("index holds -1 (no mask), but the weights are untied: expected 0..K-1")
+    if after is not None:
+        return _run_into(f"{operation}_into_{name}", operation, x, weight, bank, route, repeat, geometry, after)
     if _needs_gradient(x, weight, bias):
         y: Tensor = _Masked.apply(
             x, weight, bias, bank.words, route.offsets, route.order, repeat, f"{operation}_{name}", geometry
@@ -387,6 +420,45 @@ def _run(
     operator = _operator(f"{operation}_{name}", "")
     result: Tensor = operator(x, weight, bank.words, route.offsets, route.order, repeat, bias, *geometry)
     return result
+
+
+def _run_into(
+    operator: str,
+    operation: str,
+    x: Tensor,
+    weight: Tensor,
+    bank: MaskBank,
+    route: Route,
+    repeat: int,
+    geometry: tuple[Any, ...],
+    after: After,
+) -> Tensor:
+    size = shapes.result(operation, x, weight, repeat, geometry)
+    wide = shapes.statistics_dtype(x.dtype)
+    scale, shift = (None if p is None else p.to(wide) for p in (after.scale, after.shift))
+    if any(p is not None and p.dim() == 2 for p in (scale, shift)) and x.is_cpu and not torch.compiler.is_compiling():
+        if route.offsets[1] > 0:
+            raise ValueError(
+                "index holds -1 (no mask), which per-ticket parameters have no meaning for: expected 0..K-1"
+            )
+    residual, later = after.residual, None
+    if residual is not None and (residual.shape != size or residual.dtype != x.dtype or residual.device != x.device):
+        residual, later = None, residual
+    if after.room is None:
+        y = whole = x.new_empty(size)
+    else:
+        before, channels = after.room
+        whole = x.new_empty((size[0], channels, *size[2:])) if after.buffer is None else after.buffer
+        y = whole.narrow(1, before, size[1])
+        if y.shape != size:
+            raise ValueError(f"a concatenation holds tensors of {tuple(y.shape)} and {tuple(size)} along dimension 1")
+    relu = after.relu and later is None
+    groups = (bank.words, route.offsets, route.order, repeat)
+    _operator(operator, "")(x, weight, *groups, scale, shift, residual, relu, y, *geometry)
+    if later is not None:
+        whole = whole + later
+        whole = torch.relu(whole) if after.relu else whole
+    return whole
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

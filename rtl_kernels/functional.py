@@ -124,35 +124,8 @@ def _as_given(y: Tensor, route: Route) -> Tensor:
 # ---- the same, giving rows: what modules use between a wrapper's sorting and restoring
 
 
-@dataclass(frozen=True)
-class After:
-    """What a layer of a fused model does to its sums: act(scale · sums + shift + residual).
-
-    Attributes:
-        scale, shift: (O,), or (K, O) with one for each mask, in the dtype that sums are made in; None: 1 and 0.
-        residual: added, of the result's shape (of another that broadcasts with it, torch adds it afterwards).
-        relu: whether act is max(0, ·).
-        room: the result is channels [room[0], room[0] + O) of a tensor of room[1] channels; that one is returned.
-        buffer: that tensor, if another layer made it.
-    """
-
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    residual: Tensor | None = None
-    relu: bool = False
-    room: tuple[int, int] | None = None
-    buffer: Tensor | None = None
-
-
 def linear_rows(
-    x: Tensor,
-    weight: Tensor,
-    bank: MaskBank,
-    route: Route,
-    bias: Tensor | None = None,
-    *,
-    backend: str = "auto",
-    after: After | None = None,
+    x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """`masked_linear` giving (rows, ..., O): what a wrapped model's layers hand to one another."""
     _check_types(x, weight, bank, route, bias, 2)
@@ -160,7 +133,7 @@ def linear_rows(
     repeat = _check(x, weight, bank, route, bias, bank.shape[0])
     if x.dim() < 2 or x.shape[-1] != bank.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ..., {bank.shape[1]})")
-    return _run("masked_linear", x, weight, bank, route, bias, repeat, (), backend, after)
+    return _run("masked_linear", x, weight, bank, route, bias, repeat, (), backend)
 
 
 def conv2d_rows(
@@ -175,7 +148,6 @@ def conv2d_rows(
     groups: int = 1,
     *,
     backend: str = "auto",
-    after: After | None = None,
 ) -> Tensor:
     """`masked_conv2d` giving (rows, O, H', W')."""
     _check_types(x, weight, bank, route, bias, 4)
@@ -190,8 +162,7 @@ def conv2d_rows(
             f"x has shape {tuple(x.shape)}, which with padding {padding} is smaller than the kernel {tuple(kernel)} "
             f"with dilation {dilation}"
         )
-    geometry = (strides, sides, dilations, groups)
-    return _run("masked_conv2d", x, weight, bank, route, bias, repeat, geometry, backend, after)
+    return _run("masked_conv2d", x, weight, bank, route, bias, repeat, (strides, sides, dilations, groups), backend)
 
 
 def conv_transpose2d_rows(
@@ -207,7 +178,6 @@ def conv_transpose2d_rows(
     dilation: IntPair = 1,
     *,
     backend: str = "auto",
-    after: After | None = None,
 ) -> Tensor:
     """`masked_conv_transpose2d` giving (rows, O, H', W')."""
     _check_types(x, weight, bank, route, bias, 4)
@@ -224,7 +194,7 @@ def conv_transpose2d_rows(
     geometry = (strides, pads, extra, groups, dilations)
     if min(shapes.conv_transpose_size(x.shape[2:], bank.shape[2:], *geometry)) < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, which with padding {padding} leaves nothing of the output")
-    return _run("masked_conv_transpose2d", x, weight, bank, route, bias, repeat, geometry, backend, after)
+    return _run("masked_conv_transpose2d", x, weight, bank, route, bias, repeat, geometry, backend)
 
 
 # ---- which backend
@@ -404,14 +374,11 @@ def _run(
     repeat: int,
     geometry: tuple[Any, ...],
     backend: str,
-    after: After | None,
 ) -> Tensor:
     name = _backend(operation, x, weight, backend)
     if weight.dim() > len(bank.shape) and name == "cpu" and not torch.compiler.is_compiling() and route.offsets[1] > 0:
         # The compiled operator refuses it too, as a RuntimeError: the stable ABI has no other.
         raise ValueError("index holds -1 (no mask), but the weights are untied: expected 0..K-1")
-    if after is not None:
-        return _run_into(f"{operation}_into_{name}", operation, x, weight, bank, route, repeat, geometry, after)
     if _needs_gradient(x, weight, bias):
         y: Tensor = _Masked.apply(
             x, weight, bias, bank.words, route.offsets, route.order, repeat, f"{operation}_{name}", geometry
@@ -422,42 +389,73 @@ def _run(
     return result
 
 
-def _run_into(
-    operator: str,
+def run_into(
     operation: str,
     x: Tensor,
     weight: Tensor,
-    bank: MaskBank,
+    words: Tensor,
     route: Route,
-    repeat: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
     geometry: tuple[Any, ...],
-    after: After,
+    room: tuple[int, int] | None,
+    buffer: Tensor | None,
+    backend: str,
 ) -> Tensor:
+    """act(scale · (x through its masks) + shift + residual), without gradients: what a fused model's layers call.
+
+    Args:
+        operation: "masked_linear", ...; `geometry` is what its raw operator takes.
+        words: the bank's; they fit the weight.
+        scale, shift: (O,), or (K, O) with one for each mask; None: 1 and 0.
+        residual: added; where it has another shape or dtype than the result, torch adds it afterwards.
+        relu: whether act is max(0, ·).
+        room: the result is channels [room[0], room[0] + O) of a tensor of room[1] channels; that one is returned.
+        buffer: that tensor, if another layer made it already.
+
+    Raises:
+        TypeError, ValueError: x does not fit the weight or the route; index −1 with parameters for each mask (CPU).
+    """
+    x, weight, _ = _autocast(x, weight, None)
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise TypeError(f"x is {x.dtype} on {x.device}, expected {weight.dtype} on {weight.device} as the weight")
+    if route.num_masks != words.shape[0] or route.offsets.device != x.device:
+        raise ValueError(f"route is {route}, expected one for {words.shape[0]} masks on {x.device}")
+    repeat = route.repeat_for(x)
+    channels = weight.shape[-1 if operation == "masked_linear" else -3]
+    if operation == "masked_linear":
+        fits = x.dim() >= 2 and x.shape[-1] == channels
+    else:
+        expected = weight.shape[-4] if operation == "masked_conv_transpose2d" else channels * geometry[3]
+        fits = x.dim() == 4 and x.shape[1] == expected
+    if not fits:
+        raise ValueError(f"x has shape {tuple(x.shape)}, which does not fit a weight of {tuple(weight.shape)}")
     size = shapes.result(operation, x, weight, repeat, geometry)
+    if len(size) == 4 and min(size[2:]) < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, which leaves nothing of the output")
     wide = shapes.statistics_dtype(x.dtype)
-    scale, shift = (None if p is None else p.to(wide) for p in (after.scale, after.shift))
-    if any(p is not None and p.dim() == 2 for p in (scale, shift)) and x.is_cpu and not torch.compiler.is_compiling():
-        if route.offsets[1] > 0:
-            raise ValueError(
-                "index holds -1 (no mask), which per-ticket parameters have no meaning for: expected 0..K-1"
-            )
-    residual, later = after.residual, None
+    scale, shift = (None if p is None else p.to(wide) for p in (scale, shift))
+    own = (scale is not None and scale.dim() == 2) or (shift is not None and shift.dim() == 2) or weight.dim() in (3, 5)
+    if own and x.is_cpu and not torch.compiler.is_compiling() and route.offsets[1] > 0:
+        raise ValueError("index holds -1 (no mask), but there is a parameter for each mask: expected 0..K-1")
+    later = None
     if residual is not None and (residual.shape != size or residual.dtype != x.dtype or residual.device != x.device):
         residual, later = None, residual
-    if after.room is None:
+    if room is None:
         y = whole = x.new_empty(size)
     else:
-        before, channels = after.room
-        whole = x.new_empty((size[0], channels, *size[2:])) if after.buffer is None else after.buffer
-        y = whole.narrow(1, before, size[1])
+        whole = x.new_empty((size[0], room[1], *size[2:])) if buffer is None else buffer
+        y = whole.narrow(1, room[0], size[1])
         if y.shape != size:
-            raise ValueError(f"a concatenation holds tensors of {tuple(y.shape)} and {tuple(size)} along dimension 1")
-    relu = after.relu and later is None
-    groups = (bank.words, route.offsets, route.order, repeat)
-    _operator(operator, "")(x, weight, *groups, scale, shift, residual, relu, y, *geometry)
+            raise ValueError(f"tensors of {tuple(y.shape)} and {tuple(size)} are concatenated along dimension 1")
+    operator = _operator(f"{operation}_into_{_backend(operation, x, weight, backend)}", "")
+    relu_here = relu and later is None
+    operator(x, weight, words, route.offsets, route.order, repeat, scale, shift, residual, relu_here, y, *geometry)
     if later is not None:
         whole = whole + later
-        whole = torch.relu(whole) if after.relu else whole
+        whole = torch.relu(whole) if relu else whole
     return whole
 
 

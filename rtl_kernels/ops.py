@@ -22,11 +22,11 @@ nor of `Route` and `MaskBank`, only of the tensors these hold. Common arguments:
     repeat   1, or K with order None: row r reads x[r mod B] and writes y[r], and the groups are of B rows each.
     bias     (O,), or (K, O) for untied weights; in a gradient operator whether `db` is wanted (else it is empty).
     padding  of a convolution: top, bottom, left, right.
-    scale,   (O,), or (K, O) with one for each mask (rows without a mask are an error then, on the CPU); in the dtype that
-    shift    sums are made in; None: 1 and 0.
+    scale,   (O,), or (K, O) with one for each mask (rows without a mask are an error then, on the CPU); in the dtype
+    shift    that sums are made in; None: 1 and 0.
     residual as y; None: 0.
     relu     whether act is max(0, ·); else it is nothing.
-    y        the result's shape and x's dtype; it may be a slice of another tensor's channels, and so may x and residual.
+    y        of the result's shape and x's dtype; like x and residual it may be a slice of another tensor's channels.
 """
 
 from __future__ import annotations

@@ -465,6 +465,105 @@ std::tuple<Tensor, Tensor> masked_conv_transpose2d_grad_weight(Tensor dy, Tensor
   return weight_gradients(plan, g, dy, x, dy, w.second * groups, in[0] * in[1], weight_size, untied, bias);
 }
 
+// ---- batch normalisation
+
+struct NormShape {
+  int64_t channels, pixels;
+  Batch batch;
+
+  NormShape(const Tensor& x, const Tensor& offsets) {
+    STD_TORCH_CHECK(x.dim() >= 2, "x has ", x.dim(), " dimensions, expected at least 2");
+    channels = x.size(1);
+    pixels = 1;
+    for (int64_t d = 2; d < x.dim(); ++d) pixels *= x.size(d);
+    const int64_t masks = offsets.size(0) - 2;
+    STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long && masks >= 1,
+                    "offsets holds ", offsets.size(0), " entries, expected int64 (K + 2,)");
+    const int64_t* at = offsets.const_data_ptr<int64_t>();
+    STD_TORCH_CHECK(at[1] == 0, "index holds -1 (no mask), which per-ticket batch norm has no meaning for");
+    for (int64_t g = 0; g <= masks; ++g)
+      STD_TORCH_CHECK(at[g] <= at[g + 1], "offsets fall from ", at[g], " to ", at[g + 1], ", expected them ascending");
+    STD_TORCH_CHECK(at[masks + 1] == x.size(0), "offsets span ", at[masks + 1], " rows, expected ", x.size(0));
+    batch = {at, masks, nullptr, x.size(0), 1};
+  }
+};
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+template <class T>
+void run_batch_norm(const NormShape& shape, const Tensor& x, const std::optional<Tensor>& weight,
+                    const std::optional<Tensor>& bias, double eps, Tensor& y, Tensor& mean, Tensor& variance,
+                    Tensor& inverse_std) {
+  const bool own = weight && weight->dim() == 2;
+  batch_norm<T>(shape.batch,
+                {x.const_data_ptr<T>(), shape.channels, shape.pixels, data_or_null<T>(weight), data_or_null<T>(bias),
+                 own ? shape.channels : 0, eps, y.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(),
+                 variance.mutable_data_ptr<T>(), inverse_std.mutable_data_ptr<T>()},
+                parallel);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> subset_batch_norm(Tensor x, std::optional<Tensor> weight,
+                                                             std::optional<Tensor> bias, Tensor offsets, double eps) {
+  const Tensor wide = widened(x), at = offsets.is_contiguous() ? offsets : torch::stable::contiguous(offsets);
+  const NormShape shape(wide, at);
+  for (int64_t g = 0; g < shape.batch.masks; ++g) {
+    const int64_t rows = shape.batch.offsets[g + 2] - shape.batch.offsets[g + 1];
+    STD_TORCH_CHECK(rows * shape.pixels != 1, "x has one value a channel for mask ", g, " (", rows, " sample, ",
+                    shape.pixels, " pixel): expected more in training");
+  }
+  std::optional<Tensor> w, b;
+  if (weight) w = widened(*weight);
+  if (bias) b = widened(*bias);
+  Tensor y = torch::stable::new_empty(wide, sizes(wide));
+  const Ints statistics = {shape.batch.masks, shape.channels};
+  Tensor mean = torch::stable::new_zeros(wide, statistics), variance = torch::stable::new_zeros(wide, statistics);
+  Tensor inverse_std = torch::stable::new_zeros(wide, statistics);
+  if (y.numel() > 0) {
+    if (wide.scalar_type() == ScalarType::Double)
+      run_batch_norm<double>(shape, wide, w, b, eps, y, mean, variance, inverse_std);
+    else
+      run_batch_norm<float>(shape, wide, w, b, eps, y, mean, variance, inverse_std);
+  }
+  return {narrowed(y, x.scalar_type()), mean, variance, inverse_std};
+}
+
+template <class T>
+void run_batch_norm_grad(const NormShape& shape, const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight,
+                         const Tensor& mean, const Tensor& inverse_std, Tensor& dx, Tensor& dw, Tensor& db) {
+  const bool own = weight && weight->dim() == 2;
+  batch_norm_grad<T>(shape.batch,
+                     {dy.const_data_ptr<T>(), x.const_data_ptr<T>(), shape.channels, shape.pixels,
+                      data_or_null<T>(weight), own ? shape.channels : 0, mean.const_data_ptr<T>(),
+                      inverse_std.const_data_ptr<T>(), dx.mutable_data_ptr<T>(),
+                      weight ? dw.mutable_data_ptr<T>() : nullptr, weight ? db.mutable_data_ptr<T>() : nullptr},
+                     parallel);
+}
+
+std::tuple<Tensor, Tensor, Tensor> subset_batch_norm_grad(Tensor dy, Tensor x, std::optional<Tensor> weight,
+                                                          Tensor offsets, Tensor mean, Tensor inverse_std,
+                                                          double /*eps*/) {
+  const Tensor wide = widened(x), wide_dy = widened(dy);
+  const Tensor at = offsets.is_contiguous() ? offsets : torch::stable::contiguous(offsets);
+  const NormShape shape(wide, at);
+  STD_TORCH_CHECK(sizes(wide) == sizes(wide_dy), "dy is not of the shape of x");
+  std::optional<Tensor> w;
+  if (weight) w = widened(*weight);
+  Tensor dx = torch::stable::new_empty(wide, sizes(wide));
+  const Ints affine = weight ? sizes(*weight) : Ints{0};
+  Tensor dw = torch::stable::new_zeros(wide, affine), db = torch::stable::new_zeros(wide, affine);
+  const Tensor m = widened(mean), inverse = widened(inverse_std);
+  if (dx.numel() > 0) {
+    if (wide.scalar_type() == ScalarType::Double)
+      run_batch_norm_grad<double>(shape, wide_dy, wide, w, m, inverse, dx, dw, db);
+    else
+      run_batch_norm_grad<float>(shape, wide_dy, wide, w, m, inverse, dx, dw, db);
+  }
+  return {narrowed(dx, x.scalar_type()), dw, db};
+}
+
 }  // namespace
 }  // namespace rtl_kernels
 
@@ -482,5 +581,7 @@ STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CPU, m) {
   RTL_IMPL(masked_conv_transpose2d_into);
   RTL_IMPL(masked_conv_transpose2d_grad_input);
   RTL_IMPL(masked_conv_transpose2d_grad_weight);
+  RTL_IMPL(subset_batch_norm);
+  RTL_IMPL(subset_batch_norm_grad);
 #undef RTL_IMPL
 }

@@ -249,6 +249,12 @@ def _backend(operation: str, x: Tensor, weight: Tensor, backend: str) -> str:
     return name
 
 
+def batch_norm_backend(x: Tensor) -> str:
+    """The backend that normalises x (rows, C, ...) in training: "cpu" or "reference" (also for planes of one pixel)."""
+    compiled = x.is_cpu and x.dim() > 2 and cpu.unavailable is None and x.shape[2:].numel() > 1
+    return "cpu" if compiled else "reference"
+
+
 def _choose(operation: str, x: Tensor, weight: Tensor, backend: str) -> Explanation:
     if backend != "auto":
         if backend not in BACKENDS:
@@ -384,7 +390,7 @@ def _run(
             x, weight, bias, bank.words, route.offsets, route.order, repeat, f"{operation}_{name}", geometry
         )
         return y
-    operator = _operator(f"{operation}_{name}", "")
+    operator = raw_operator(f"{operation}_{name}")
     result: Tensor = operator(x, weight, bank.words, route.offsets, route.order, repeat, bias, *geometry)
     return result
 
@@ -450,7 +456,7 @@ def run_into(
         y = whole.narrow(1, room[0], size[1])
         if y.shape != size:
             raise ValueError(f"tensors of {tuple(y.shape)} and {tuple(size)} are concatenated along dimension 1")
-    operator = _operator(f"{operation}_into_{_backend(operation, x, weight, backend)}", "")
+    operator = raw_operator(f"{operation}_into_{_backend(operation, x, weight, backend)}")
     relu_here = relu and later is None
     operator(x, weight, words, route.offsets, route.order, repeat, scale, shift, residual, relu_here, y, *geometry)
     if later is not None:
@@ -484,7 +490,7 @@ class _Masked(torch.autograd.Function):
         operator: str,
         geometry: tuple[Any, ...],
     ) -> Tensor:
-        return _operator(operator, "")(x, weight, words, offsets, order, repeat, bias, *geometry)
+        return raw_operator(operator)(x, weight, words, offsets, order, repeat, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -499,11 +505,11 @@ class _Masked(torch.autograd.Function):
         groups = (words, offsets, order, ctx.repeat)
         if ctx.needs_input_grad[0]:
             size = () if ctx.operator.startswith("masked_linear") else (x.shape,)
-            dx = _operator(ctx.operator, "_grad_input")(dy, weight, *groups, *size, *ctx.geometry)
+            dx = raw_operator(ctx.operator, "_grad_input")(dy, weight, *groups, *size, *ctx.geometry)
             dx = _once(dx, dy, x, weight)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             bias = bool(ctx.has_bias and ctx.needs_input_grad[2])
-            dw, db = _operator(ctx.operator, "_grad_weight")(dy, x, *groups, weight.shape, bias, *ctx.geometry)
+            dw, db = raw_operator(ctx.operator, "_grad_weight")(dy, x, *groups, weight.shape, bias, *ctx.geometry)
             dw = _once(dw, dy, x, weight)
             db = _once(db, dy, x, weight) if bias else None
         return dx, dw, db, None, None, None, None, None, None
@@ -535,7 +541,8 @@ def _once(gradient: Tensor, *depends_on: Tensor) -> Tensor:
 _operators: dict[tuple[str, str], Any] = {}
 
 
-def _operator(name: str, gradient: str) -> Any:
+def raw_operator(name: str, gradient: str = "") -> Any:
+    """The raw operator `<operation>_<backend>`, or its derivative (`_grad_input`, …)."""
     # Looked up once, 0.6 µs less a call; a trace has to see the lookup itself.
     if torch.compiler.is_compiling():
         return _look_up(name, gradient)

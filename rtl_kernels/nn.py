@@ -252,6 +252,8 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """x (rows, C, H, W) -> the same shape. Called with a route of its own, x is in the order of the samples."""
         if not self.per_ticket:
+            if (self.training or self.running_mean is None) and functional.batch_norm_backend(x) != "reference":
+                return self._forward_whole(x)
             return super().forward(x)
         self._check_input_dim(x)
         route = self._route(route)
@@ -260,8 +262,24 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         y = self._forward_rows(route.arrange(x), route)
         return y if route.all_masks else route.restore(y)
 
+    def _forward_whole(self, x: Tensor) -> Tensor:
+        """One set of statistics for the whole batch, as `nn.BatchNorm2d` in training, by the kernels' batch norm."""
+        self._check_input_dim(x)
+        offsets = torch.tensor([0, 0, x.shape[0]], device=x.device)
+        y, mean, variance = _batch_norm(x, self.weight, self.bias, offsets, self.eps)
+        if self.training and self.running_mean is not None:
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.mul_(1 - momentum).add_(mean[0], alpha=momentum)
+                self.running_var.mul_(1 - momentum).add_(variance[0], alpha=momentum)
+        return y
+
     def _forward_rows(self, x: Tensor, route: Route) -> Tensor:
         if self.training or self.running_mean is None or self.running_var is None:
+            torch.ops.rtl_kernels.refuse_dense(route.index, route.offsets, "per-ticket batch norm")
             y, mean, variance = _batch_norm(x, self.weight, self.bias, route.offsets, self.eps)
             if self.training and self.running_mean is not None:
                 self._track(mean, variance, route.present[1:])
@@ -311,21 +329,23 @@ def _batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise every group with its own statistics: y, and per group mean and unbiased variance (K, C)."""
+    backend = functional.batch_norm_backend(x)
     if _needs_gradient(x, weight, bias):
-        y, mean, variance, _ = _SubsetBatchNorm.apply(x, weight, bias, offsets, eps)
+        y, mean, variance, _ = _SubsetBatchNorm.apply(x, weight, bias, offsets, eps, backend)
     else:
-        y, mean, variance, _ = torch.ops.rtl_kernels.subset_batch_norm_reference(x, weight, bias, offsets, eps)
+        forward = functional.raw_operator(f"subset_batch_norm_{backend}")
+        y, mean, variance, _ = forward(x, weight, bias, offsets, eps)
     return y, mean, variance
 
 
 class _SubsetBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float) -> Any:
-        return torch.ops.rtl_kernels.subset_batch_norm_reference(x, weight, bias, offsets, eps)
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float, backend: str) -> Any:
+        return functional.raw_operator(f"subset_batch_norm_{backend}")(x, weight, bias, offsets, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, offsets, ctx.eps = inputs
+        x, weight, _, offsets, ctx.eps, ctx.backend = inputs
         _, mean, variance, inverse_std = output
         ctx.mark_non_differentiable(mean, variance, inverse_std)
         ctx.save_for_backward(x, weight, offsets, mean, inverse_std)
@@ -334,10 +354,9 @@ class _SubsetBatchNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets, mean, inverse_std = ctx.saved_tensors
-        dx, dw, db = torch.ops.rtl_kernels.subset_batch_norm_grad_reference(
-            dy, x, weight, offsets, mean, inverse_std, ctx.eps
-        )
-        return (dx, None, None, None, None) if weight is None else (dx, dw, db, None, None)
+        grad = functional.raw_operator(f"subset_batch_norm_{ctx.backend}", "_grad")
+        dx, dw, db = grad(dy, x, weight, offsets, mean, inverse_std, ctx.eps)
+        return (dx, None, None, None, None, None) if weight is None else (dx, dw, db, None, None, None)
 
 
 class Wrapper(nn.Module):

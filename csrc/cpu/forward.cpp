@@ -48,6 +48,11 @@ class Runner {
 
   void run(const Parallel& parallel) {
     if (weight_bound()) {
+      // Those of few samples have their own way, the others go together.
+      const auto strips = std::stable_partition(units_.begin(), units_.end(),
+                                                [](const Unit& unit) { return unit.path == Path::kFew; });
+      parallel(strips - units_.begin(), [this](int64_t begin, int64_t end) { Worker(*this).work(begin, end); });
+      units_.erase(units_.begin(), strips);
       run_by_rows(parallel);
       return;
     }
@@ -67,11 +72,20 @@ class Runner {
   }
 
   // A group of a few samples fills part of a vector, while the weights it reads are those of a full one: then every weight
-  // is taken, in whole vectors of inputs, with the mask's bits applied. Up to 8 samples; up to 24 where rows are so long
-  // that adding up the lanes of their sums costs nothing.
+  // is taken, in whole vectors of inputs, with the mask's bits applied. Worth it up to 4 samples; up to 8 where the mask
+  // keeps about half or more; up to 24 where besides the weights come from beyond L2, which buckets wait for.
   bool few(const Segment& segment) const {
     const int64_t count = segment.stop - segment.start;
-    return plan_.linear() && !plan_.scatter && count <= (plan_.channels >= 512 ? 24 : 8);
+    if (!plan_.linear() || plan_.scatter || count > 24) return false;
+    if (count <= 4 || segment.mask < 0) return count <= 8;
+    const int64_t weights = plan_.groups * plan_.group_weights();
+    if (count > 8 && weights * int64_t(sizeof(T)) < (int64_t(4) << 20)) return false;
+    // Estimated from about 4,000 of the bits.
+    const uint32_t* words = masks_.words + segment.mask * masks_.mask_words;
+    const int64_t step = masks_.mask_words / 128 | 1;
+    int64_t kept = 0, bits = 0;
+    for (int64_t i = 0; i < masks_.mask_words; i += step) kept += __builtin_popcount(words[i]), bits += 32;
+    return kept * 100 >= bits * 45;
   }
 
   // What one group of samples is divided into depends on its size and the shapes alone.
@@ -198,16 +212,15 @@ class Runner {
 
   // A wide linear layer on few samples reads more weights than inputs: then all of x is packed first, and each chunk of
   // the weight's rows passes all masks while it lies in L2. 2048 → 2048, 64 samples, 4 masks: 64 MB from L3 become 16.
-  static constexpr int64_t kChunkBytes = 128 << 10;
+  static constexpr int64_t kChunkBytes = 256 << 10;
 
   bool weight_bound() const {
     const int64_t weights = plan_.group_weights() * int64_t(sizeof(T));
     int64_t columns = 0;
     for (const Unit& unit : units_) {
-      if (unit.path != Path::kStrip) return false;
-      columns += unit.strip.samples;
+      if (unit.path == Path::kStrip) columns += unit.strip.samples;
     }
-    return plan_.linear() && plan_.groups == 1 && weights > 2 * kChunkBytes &&
+    return columns > 0 && plan_.linear() && plan_.groups == 1 && weights > 2 * kChunkBytes &&
            columns * plan_.channels * int64_t(sizeof(T)) <= 16 * weights;
   }
 
@@ -233,6 +246,7 @@ class Runner {
     // A tile of the weight, rows × inputs, stays in L2 while every mask passes it, and a mask's tile of x in L1.
     int64_t most = 1, tile_inputs = channels;
     for (const Segment& segment : segments_) {
+      if (!segment.structure) continue;
       most = std::max(most, segment.structure->at(plan_, 0, 0).tiles);
       tile_inputs = std::min(tile_inputs, segment.structure->tile_inputs);
     }
@@ -262,9 +276,14 @@ class Runner {
             m.w = weight(segment, 0) + row * plan_.row_stride();
             m.w_stride = plan_.channel_stride();
             m.w_row = plan_.row_stride();
-            if (chunk + 1 < end && !call_.weight_stride)
-              prefetch(row + rows, std::min(rows, plan_.rows - row - rows), step * units_.size() + u,
-                       most * units_.size());
+            if (!call_.weight_stride && (chunk + 1 < end || (step + 1 < most && !plan_.scatter))) {
+              const bool same = step + 1 < most && !plan_.scatter;
+              const int64_t next = same ? row : row + rows, tile = same ? step + 1 : 0;
+              const int64_t parts = units_.size() * (plan_.scatter ? most : 1);
+              prefetch(next, std::min(rows, plan_.rows - next), plan_.scatter ? 0 : channels * tile / most,
+                       plan_.scatter ? channels : channels * (tile + 1) / most,
+                       plan_.scatter ? step * units_.size() + u : u, parts);
+            }
             if (plan_.scatter) {
               // Columns of the weight, a power of two apart as often as not, would fall on the same few lines of L2.
               const int64_t mask = call_.weight_stride ? segment.mask : -1;
@@ -299,15 +318,15 @@ class Runner {
     });
   }
 
-  // Part `part` of `parts` of the weight's rows [row, row + rows) into L2, while the chunk before them is computed. The
-  // kernels' own order would find them in DRAM one line at a time: 6 GB/s instead of 22.
-  void prefetch(int64_t row, int64_t rows, int64_t part, int64_t parts) const {
+  // Part `part` of `parts` of rows [row, row + rows) and channels [from, to) of the weight into L2, while the tile before
+  // is computed. The kernels' own order would find them in DRAM one line at a time: 6 GB/s instead of 22.
+  void prefetch(int64_t row, int64_t rows, int64_t from, int64_t to, int64_t part, int64_t parts) const {
     const int64_t stride = plan_.scatter ? plan_.channel_stride() : plan_.row_stride();
-    const int64_t lines = plan_.scatter ? plan_.channels : rows, length = plan_.scatter ? rows : plan_.channels;
-    const char* from = reinterpret_cast<const char*>(call_.weight + row * plan_.row_stride());
+    const int64_t lines = plan_.scatter ? to - from : rows, length = plan_.scatter ? rows : to - from;
+    const char* first = reinterpret_cast<const char*>(call_.weight + row * plan_.row_stride() + from * plan_.channel_stride());
     for (int64_t l = lines * part / parts; l < lines * (part + 1) / parts; ++l)
       for (int64_t b = 0; b < length * int64_t(sizeof(T)); b += 64)
-        __builtin_prefetch(from + l * stride * int64_t(sizeof(T)) + b, 0, 2);
+        __builtin_prefetch(first + l * stride * int64_t(sizeof(T)) + b, 0, 2);
   }
 
   int64_t granules(int64_t columns) const { return (columns + k_.granule - 1) / k_.granule * k_.granule; }
@@ -346,6 +365,7 @@ class Runner {
         else
           strip(unit, segment);
       }
+      if (job_.stream_) k_.fence();
     }
 
    private:
@@ -409,12 +429,12 @@ class Runner {
         const uint32_t* words =
             segment.mask < 0 ? nullptr : job_.masks_.words + segment.mask * job_.masks_.mask_words;
         const Phase& phase = plan_.phases[0];
+        const T* scale = job_.after(segment, 0).scale;
         for (int64_t g = 0; g < plan_.groups; ++g) {
-          const T scale = job_.call_.scale ? *job_.after(segment, g).scale : T(1);
           for (size_t t = 0; t < phase.taps.size(); ++t) {
             const int64_t tap = phase.taps[t];
             if (words && !(words[g * job_.masks_.row_words + tap / 32] >> (tap % 32) & 1)) continue;
-            values_.push_back(job_.weight(segment, g)[tap] * scale);
+            values_.push_back(job_.weight(segment, g)[tap] * (scale ? scale[g] : T(1)));
             at_.push_back(tables_[0][t].x);
           }
           taps_.push_back(int64_t(values_.size()));
@@ -424,23 +444,23 @@ class Runner {
       const Phase& phase = plan_.phases[0];
       const int64_t begin = std::max(unit.strip.first, phase.begin[0]);
       const int64_t end = std::min(unit.strip.first + unit.strip.height, phase.end[0]);
+      const After after = job_.after(segment, 0);
+      Filter<T> m{};
+      m.x_row = plan_.plane_width();
+      m.y_row = plan_.out[1];
+      m.height = end - begin;
+      m.width = phase.end[1] - phase.begin[1];
+      m.relu = after.relu;
+      m.stream = job_.stream_ && m.y_row % k_.lanes == 0 && m.width == m.y_row;
       for (int64_t g = 0; g < plan_.groups; ++g) {
         const T* plane = job_.input(unit.start) + g * job_.in_;
-        const T* x = packer_->pack(unit.strip, &plane, 1);
-        Filter<T> m{};
-        m.x_row = plan_.plane_width();
-        m.x = x + (begin - unit.strip.first) * m.x_row + phase.begin[1];
+        m.x = packer_->pack(unit.strip, &plane, 1) + (begin - unit.strip.first) * m.x_row + phase.begin[1];
         m.weights = values_.data() + taps_[g];
         m.at = at_.data() + taps_[g];
         m.taps = taps_[g + 1] - taps_[g];
-        const After after = job_.after(segment, g);
-        m.bias = after.bias ? *after.bias : T(0);
-        m.relu = after.relu;
-        m.y_row = plan_.out[1];
+        m.bias = after.bias ? after.bias[g] : T(0);
         m.y = job_.output(unit.start) + g * job_.out_ + (begin + phase.shift[0]) * m.y_row + phase.begin[1] +
               phase.shift[1];
-        m.height = end - begin;
-        m.width = phase.end[1] - phase.begin[1];
         k_.filter(m);
       }
       add_residual(unit);
@@ -610,7 +630,7 @@ class Runner {
   const Forward<T>& call_;
   const Kernels<T>& k_;
   // Outputs of this many bytes are not in the caches when they are read next.
-  static constexpr int64_t kStream = int64_t(24) << 20;
+  static constexpr int64_t kStream = int64_t(16) << 20;
 
   int64_t in_, out_;
   bool stream_ = false;

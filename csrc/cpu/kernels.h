@@ -114,7 +114,7 @@ struct Lanes {
   int64_t length;
   T* lanes_at;
   const int64_t* place;
-  bool stream;  // rows written go past the caches: they are aligned to whole vectors
+  bool stream = false;  // rows written go past the caches: they are aligned to whole vectors
 };
 
 // to[r][w · to_step] = from[r][w · from_step] for `rows` rows of `width` elements, the rows to_row and from_row apart.
@@ -138,6 +138,22 @@ struct Split {
   int64_t rows, width;
 };
 
+// Rows of `width` elements, `row` apart, of one channel's planes; or with `columns` of several channels', where every
+// column has its own coefficients and sums.
+template <class T>
+struct Norm {
+  const T* x;
+  const T* dy;
+  T* y;
+  int64_t row, rows, width;
+  bool columns;
+  const T* a;
+  const T* b;
+  const T* c;
+  double* first;
+  double* second;
+};
+
 // One channel of one sample against its own filter: y[h][w] = act(bias + Σ_taps w[t] · x[h · x_row + at[t] + w]).
 template <class T>
 struct Filter {
@@ -152,6 +168,7 @@ struct Filter {
   int64_t y_row;
   int64_t height;
   int64_t width;  // x is readable up to a whole vector past it
+  bool stream;    // y goes past the caches: its rows are aligned to whole vectors, and whole
 };
 
 // y[r][w] = act(y[r][w] + x[r][w]) for `rows` rows of `width` elements.
@@ -174,12 +191,18 @@ struct Kernels {
   void (*correlate)(const Correlate<T>&);
   void (*outer)(const Outer<T>&);
   void (*few)(const Few<T>&);
+  void (*fence)();  // after the last of a thread's results that went past the caches
   void (*to_lanes)(const Lanes<T>&);
   void (*from_lanes)(const Lanes<T>&);
   void (*copy)(const Copy<T>&);
   void (*split)(const Split<T>&);
   void (*filter)(const Filter<T>&);
   void (*add)(const Add<T>&);
+  void (*norm_sum)(const Norm<T>&);       // first += Σ x
+  void (*norm_squares)(const Norm<T>&);   // first += Σ (x − a)²
+  void (*norm_scale)(const Norm<T>&);     // y = x · a + b
+  void (*norm_products)(const Norm<T>&);  // first += Σ dy, second += Σ dy · (x − a)
+  void (*norm_grad)(const Norm<T>&);      // y = dy · a + x · b + c
 };
 
 struct Level {

@@ -27,8 +27,7 @@ RTL_INLINE void store(T* p, typename Vector<T>::type v) {
   *reinterpret_cast<typename Vector<T>::type*>(p) = v;
 }
 
-// Past the caches, for what is larger than they are: an ordinary store would first read what it overwrites. `fence` after
-// the last one.
+// Past the caches, for what is larger than they are: an ordinary store would first read what it overwrites.
 #if RTL_VECTOR_BYTES == 64
 RTL_INLINE void stream(float* p, Vector<float>::type v) { _mm512_stream_ps(p, (__m512)v); }
 RTL_INLINE void stream(double* p, Vector<double>::type v) { _mm512_stream_pd(p, (__m512d)v); }
@@ -298,7 +297,140 @@ void multiply(const Multiply<T>& m) {
     else
       multiply_segment<T, false>(m, x, y);
   }
-  if (m.stream) fence();
+}
+
+// ---- a mask's bits on vectors; i, the place of a row's first lane, is a multiple of the lanes, which divide 32
+
+#if RTL_VECTOR_BYTES == 64
+typedef uint16_t Part16 __attribute__((may_alias));
+typedef uint8_t Part8 __attribute__((may_alias));
+
+// The lanes that the row's words keep, zero elsewhere, whatever stands there.
+template <class T>
+RTL_INLINE typename Vector<T>::type kept(typename Vector<T>::type v, const uint32_t* words, uint64_t i) {
+  if constexpr (sizeof(T) == 4)
+    return (typename Vector<T>::type)_mm512_maskz_mov_ps(reinterpret_cast<const Part16*>(words)[i / 16], (__m512)v);
+  else
+    return (typename Vector<T>::type)_mm512_maskz_mov_pd(reinterpret_cast<const Part8*>(words)[i / 8], (__m512d)v);
+}
+RTL_INLINE Vector<float>::type load_kept(const float* w, const uint32_t* words, uint64_t i) {
+  return (Vector<float>::type)_mm512_maskz_loadu_ps(reinterpret_cast<const Part16*>(words)[i / 16], w + i);
+}
+RTL_INLINE Vector<double>::type load_kept(const double* w, const uint32_t* words, uint64_t i) {
+  return (Vector<double>::type)_mm512_maskz_loadu_pd(reinterpret_cast<const Part8*>(words)[i / 8], w + i);
+}
+#else
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  typedef uint32_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
+};
+template <>
+struct Bits<double> {
+  typedef uint64_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
+};
+template <class T>
+RTL_INLINE typename Vector<T>::type kept(typename Vector<T>::type v, const uint32_t* words, uint64_t i) {
+  typedef typename Bits<T>::type B;
+  B lane;
+#pragma GCC unroll 16
+  for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
+  const B bits = (B)((((words[i / 32] >> (i % 32)) - B{}) & lane) != 0);
+  return (typename Vector<T>::type)((B)v & bits);
+}
+template <class T>
+RTL_INLINE typename Vector<T>::type load_kept(const T* w, const uint32_t* words, uint64_t i) {
+  return kept<T>(load(w + i), words, i);
+}
+#endif
+
+// ---- transposes
+
+// Of 16 lanes: quarters of 128 bits, and elements of every quarter, interleaved.
+#define RTL_EVEN(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define RTL_ODD(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#define RTL_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define RTL_HIGH(a, b) __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define RTL_LOW2(a, b) __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define RTL_HIGH2(a, b) __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+
+// Square transpose of L vectors in log2(L) steps: step d swaps the off-diagonal d × d blocks.
+template <class V, int L, int D, int... I>
+RTL_INLINE void swap_blocks(V& a, V& b) {
+  const V low = __builtin_shufflevector(a, b, (I & D ? L + I - D : I)...);
+  b = __builtin_shufflevector(a, b, (I & D ? L + I : I + D)...);
+  a = low;
+}
+
+template <class T, int D>
+RTL_INLINE void transpose_step(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+  constexpr int L = Vector<T>::lanes;
+  typedef typename Vector<T>::type V;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (!(i & D)) {
+      if constexpr (L == 8)
+        swap_blocks<V, L, D, 0, 1, 2, 3, 4, 5, 6, 7>(v[i], v[i + D]);
+      else if constexpr (L == 4)
+        swap_blocks<V, L, D, 0, 1, 2, 3>(v[i], v[i + D]);
+      else
+        swap_blocks<V, L, D, 0, 1>(v[i], v[i + D]);
+    }
+  }
+}
+
+template <class T>
+RTL_INLINE void transpose(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+  constexpr int L = Vector<T>::lanes;
+  if constexpr (L == 16) {
+    // First the 4 × 4 quarters of 128 bits, then inside them: moves of quarters and interleavings alone, which need no
+    // index in a register.
+    typedef typename Vector<T>::type V;
+    V t[16];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const V a = RTL_EVEN(v[j], v[j + 4]), b = RTL_ODD(v[j], v[j + 4]);
+      const V c = RTL_EVEN(v[j + 8], v[j + 12]), d = RTL_ODD(v[j + 8], v[j + 12]);
+      t[j] = RTL_EVEN(a, c), t[4 + j] = RTL_EVEN(b, d), t[8 + j] = RTL_ODD(a, c), t[12 + j] = RTL_ODD(b, d);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < 16; q += 4) {
+      const V a = RTL_LOW(t[q], t[q + 1]), b = RTL_HIGH(t[q], t[q + 1]);
+      const V c = RTL_LOW(t[q + 2], t[q + 3]), d = RTL_HIGH(t[q + 2], t[q + 3]);
+      v[q] = RTL_LOW2(a, c), v[q + 1] = RTL_HIGH2(a, c), v[q + 2] = RTL_LOW2(b, d), v[q + 3] = RTL_HIGH2(b, d);
+    }
+  } else {
+    transpose_step<T, 1>(v);
+    if constexpr (L > 2) transpose_step<T, 2>(v);
+    if constexpr (L > 4) transpose_step<T, 4>(v);
+  }
+}
+
+// Lane l of the result is the sum of the lanes of v[l], added in a fixed order.
+template <class T>
+RTL_INLINE typename Vector<T>::type totals(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+  constexpr int L = Vector<T>::lanes;
+  typedef typename Vector<T>::type V;
+  if constexpr (L == 16) {
+    // Inside the quarters of 128 bits first, four vectors into one, then across the quarters.
+    V q[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V a = RTL_LOW(v[4 * i], v[4 * i + 1]) + RTL_HIGH(v[4 * i], v[4 * i + 1]);
+      const V b = RTL_LOW(v[4 * i + 2], v[4 * i + 3]) + RTL_HIGH(v[4 * i + 2], v[4 * i + 3]);
+      q[i] = RTL_LOW2(a, b) + RTL_HIGH2(a, b);
+    }
+    const V a = RTL_EVEN(q[0], q[1]) + RTL_ODD(q[0], q[1]), b = RTL_EVEN(q[2], q[3]) + RTL_ODD(q[2], q[3]);
+    return RTL_EVEN(a, b) + RTL_ODD(a, b);
+  } else {
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+      for (int l = 0; l < half; ++l) v[l] += v[l + half];
+    return v[0];
+  }
 }
 
 // ---- g = dy · xᵀ at kept positions
@@ -307,44 +439,65 @@ void multiply(const Multiply<T>& m) {
 // share each load of dy and the rows each load of x.
 template <class T, int Q, int P, bool Table>
 RTL_INLINE void dots(const Correlate<T>& m, int64_t start, const T* dy, T* g, const uint16_t* index) {
-  constexpr int L = Vector<T>::lanes;
-  typename Vector<T>::type sum[Q][kBlockRows];
+  constexpr int L = Vector<T>::lanes, R = __builtin_popcount(P);
+  typedef typename Vector<T>::type V;
+  // The lanes of as many sums as there are lanes are added up together, where most of those places are filled.
+  constexpr bool kTogether = L == 16 && Q * R <= L && Q * R >= 6;
+  V sum[kTogether ? L : Q * R];
   const T* x[Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
+  for (int i = 0; i < (kTogether ? L : Q * R); ++i) sum[i] = V{};
+#pragma GCC unroll 16
   for (int q = 0; q < Q; ++q) {
     const int64_t j = start + index[q];
     x[q] = m.x + (Table ? m.table[j].x : j * m.x_stride);
-#pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r) sum[q][r] = typename Vector<T>::type{};
   }
   for (int64_t s = 0; s < m.segments; ++s) {
     const T* d = dy + s * m.dy_segment;
     for (int64_t c = 0; c < m.columns; c += L) {
-      typename Vector<T>::type row[kBlockRows];
+      V row[R];
+      int n = 0;
 #pragma GCC unroll 4
       for (int r = 0; r < kBlockRows; ++r)
-        if (P >> r & 1) row[r] = load(d + r * m.dy_row + c);
-#pragma GCC unroll 4
+        if (P >> r & 1) row[n++] = load(d + r * m.dy_row + c);
+#pragma GCC unroll 16
       for (int q = 0; q < Q; ++q) {
-        const typename Vector<T>::type column = load(x[q] + s * m.x_segment + c);
+        const V column = load(x[q] + s * m.x_segment + c);
 #pragma GCC unroll 4
-        for (int r = 0; r < kBlockRows; ++r)
-          if (P >> r & 1) sum[q][r] += row[r] * column;
+        for (int r = 0; r < R; ++r) sum[q * R + r] += row[r] * column;
       }
     }
   }
+  T part[L];
+  if constexpr (kTogether) store(part, totals<T>(sum));
+#pragma GCC unroll 16
+  for (int q = 0; q < Q; ++q) {
+    int n = 0;
 #pragma GCC unroll 4
-  for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r)
-      if (P >> r & 1) g[r * m.g_row + start + index[q]] += total<T>(sum[q][r]);
+    for (int r = 0; r < kBlockRows; ++r) {
+      if (!(P >> r & 1)) continue;
+      const int at = q * R + n++;
+      T& to = g[r * m.g_row + start + index[q]];
+      if constexpr (kTogether)
+        to += part[at];
+      else
+        to += total<T>(sum[at]);
+    }
+  }
 }
 
 template <class T, int P, bool Table>
 __attribute__((noinline)) void correlate_bucket(const Correlate<T>& m, int64_t start, const T* dy, T* g,
                                                 const uint16_t* index, uint32_t count) {
 #if RTL_REGISTERS >= 32
-  for (; count >= 4; count -= 4, index += 4) dots<T, 4, P, Table>(m, start, dy, g, index);
+  constexpr int Q = Vector<T>::lanes == 16 ? 16 / __builtin_popcount(P) : 4;
+  for (; count >= Q; count -= Q, index += Q) dots<T, Q, P, Table>(m, start, dy, g, index);
+  if constexpr (Q > 8) {
+    if (count & 8) dots<T, 8, P, Table>(m, start, dy, g, index), index += 8;
+  }
+  if constexpr (Q > 4) {
+    if (count & 4) dots<T, 4, P, Table>(m, start, dy, g, index), index += 4;
+  }
   if (count & 2) dots<T, 2, P, Table>(m, start, dy, g, index), index += 2;
 #else
   for (; count >= 2; count -= 2, index += 2) dots<T, 2, P, Table>(m, start, dy, g, index);
@@ -419,16 +572,7 @@ RTL_INLINE void outer_tile(const Outer<T>& m, int64_t o, int64_t i) {
     for (int v = 0; v < V; ++v) {
       T* g = m.g + (o + r) * m.g_row + i + v * L;
       typename Vector<T>::type add = sum[r][v];
-      if (m.words) {
-        // i is a multiple of the lanes, which divide 32: a vector's bits lie in one word.
-        const int64_t at = i + v * L;
-        const uint32_t bits = m.words[(o + r) * m.words_row + at / 32] >> (at % 32);
-        T part[L];
-        store(part, add);
-#pragma GCC unroll 16
-        for (int l = 0; l < L; ++l) part[l] = bits >> l & 1 ? part[l] : T(0);
-        add = load(part);
-      }
+      if (m.words) add = kept<T>(add, m.words + (o + r) * m.words_row, i + v * L);
       store(g, load(g) + add);
     }
   }
@@ -462,128 +606,7 @@ void outer(const Outer<T>& m) {
   if (i < m.inputs) outer_rest(m, 0, m.rows, i, m.inputs - i);
 }
 
-// ---- samples as lanes
-
-// Of 16 lanes: quarters of 128 bits, and elements of every quarter, interleaved.
-#define RTL_EVEN(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-#define RTL_ODD(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
-#define RTL_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
-#define RTL_HIGH(a, b) __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-#define RTL_LOW2(a, b) __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-#define RTL_HIGH2(a, b) __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-
-// Square transpose of L vectors in log2(L) steps: step d swaps the off-diagonal d × d blocks.
-template <class V, int L, int D, int... I>
-RTL_INLINE void swap_blocks(V& a, V& b) {
-  const V low = __builtin_shufflevector(a, b, (I & D ? L + I - D : I)...);
-  b = __builtin_shufflevector(a, b, (I & D ? L + I : I + D)...);
-  a = low;
-}
-
-template <class T, int D>
-RTL_INLINE void transpose_step(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
-  constexpr int L = Vector<T>::lanes;
-  typedef typename Vector<T>::type V;
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    if (!(i & D)) {
-      if constexpr (L == 8)
-        swap_blocks<V, L, D, 0, 1, 2, 3, 4, 5, 6, 7>(v[i], v[i + D]);
-      else if constexpr (L == 4)
-        swap_blocks<V, L, D, 0, 1, 2, 3>(v[i], v[i + D]);
-      else
-        swap_blocks<V, L, D, 0, 1>(v[i], v[i + D]);
-    }
-  }
-}
-
-template <class T>
-RTL_INLINE void transpose(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
-  constexpr int L = Vector<T>::lanes;
-  if constexpr (L == 16) {
-    // First the 4 × 4 quarters of 128 bits, then inside them: moves of quarters and interleavings alone, which need no
-    // index in a register.
-    typedef typename Vector<T>::type V;
-    V t[16];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const V a = RTL_EVEN(v[j], v[j + 4]), b = RTL_ODD(v[j], v[j + 4]);
-      const V c = RTL_EVEN(v[j + 8], v[j + 12]), d = RTL_ODD(v[j + 8], v[j + 12]);
-      t[j] = RTL_EVEN(a, c), t[4 + j] = RTL_EVEN(b, d), t[8 + j] = RTL_ODD(a, c), t[12 + j] = RTL_ODD(b, d);
-    }
-#pragma GCC unroll 4
-    for (int q = 0; q < 16; q += 4) {
-      const V a = RTL_LOW(t[q], t[q + 1]), b = RTL_HIGH(t[q], t[q + 1]);
-      const V c = RTL_LOW(t[q + 2], t[q + 3]), d = RTL_HIGH(t[q + 2], t[q + 3]);
-      v[q] = RTL_LOW2(a, c), v[q + 1] = RTL_HIGH2(a, c), v[q + 2] = RTL_LOW2(b, d), v[q + 3] = RTL_HIGH2(b, d);
-    }
-  } else {
-    transpose_step<T, 1>(v);
-    if constexpr (L > 2) transpose_step<T, 2>(v);
-    if constexpr (L > 4) transpose_step<T, 4>(v);
-  }
-}
-
 // ---- y = x · wᵀ of a few samples, inputs as lanes
-
-// The weights w[i], w[i + 1], … that the row's words keep, zero elsewhere, whatever stands there; i is a multiple of the
-// lanes, which divide 32.
-#if RTL_VECTOR_BYTES == 64
-typedef uint16_t Part16 __attribute__((may_alias));
-typedef uint8_t Part8 __attribute__((may_alias));
-RTL_INLINE Vector<float>::type load_kept(const float* w, const uint32_t* words, uint64_t i) {
-  return (Vector<float>::type)_mm512_maskz_loadu_ps(reinterpret_cast<const Part16*>(words)[i / 16], w + i);
-}
-RTL_INLINE Vector<double>::type load_kept(const double* w, const uint32_t* words, uint64_t i) {
-  return (Vector<double>::type)_mm512_maskz_loadu_pd(reinterpret_cast<const Part8*>(words)[i / 8], w + i);
-}
-#else
-template <class T>
-struct Bits;
-template <>
-struct Bits<float> {
-  typedef uint32_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
-};
-template <>
-struct Bits<double> {
-  typedef uint64_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
-};
-template <class T>
-RTL_INLINE typename Vector<T>::type load_kept(const T* w, const uint32_t* words, uint64_t i) {
-  typedef typename Bits<T>::type B;
-  B lane;
-#pragma GCC unroll 16
-  for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
-  const B kept = (B)((((words[i / 32] >> (i % 32)) - B{}) & lane) != 0);
-  return (typename Vector<T>::type)((B)load(w + i) & kept);
-}
-#endif
-
-// Lane l of the result is the sum of the lanes of v[l], added in a fixed order.
-template <class T>
-RTL_INLINE typename Vector<T>::type totals(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
-  constexpr int L = Vector<T>::lanes;
-  typedef typename Vector<T>::type V;
-  if constexpr (L == 16) {
-    // Inside the quarters of 128 bits first, four vectors into one, then across the quarters.
-    V q[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const V a = RTL_LOW(v[4 * i], v[4 * i + 1]) + RTL_HIGH(v[4 * i], v[4 * i + 1]);
-      const V b = RTL_LOW(v[4 * i + 2], v[4 * i + 3]) + RTL_HIGH(v[4 * i + 2], v[4 * i + 3]);
-      q[i] = RTL_LOW2(a, b) + RTL_HIGH2(a, b);
-    }
-    const V a = RTL_EVEN(q[0], q[1]) + RTL_ODD(q[0], q[1]), b = RTL_EVEN(q[2], q[3]) + RTL_ODD(q[2], q[3]);
-    return RTL_EVEN(a, b) + RTL_ODD(a, b);
-  } else {
-    transpose<T>(v);
-#pragma GCC unroll 16
-    for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 16
-      for (int l = 0; l < half; ++l) v[l] += v[l + half];
-    return v[0];
-  }
-}
 
 // R rows × S samples of inputs [from, to): as many sums as a vector has lanes, whose lanes are then added up together.
 template <class T, int R, int S, bool Masked>
@@ -697,6 +720,8 @@ void few(const Few<T>& m) {
   }
 }
 
+// ---- samples as lanes
+
 template <class T>
 void to_lanes(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
@@ -753,7 +778,6 @@ void from_lanes(const Lanes<T>& m) {
     store(part, load(m.lanes_at + m.place[e]));
     for (int s = 0; s < m.count; ++s) m.rows[s][e] = part[s];
   }
-  if (m.stream) fence();
 }
 
 // ---- copies of short rows, for which a call of memcpy each would cost more than the bytes
@@ -845,7 +869,10 @@ RTL_INLINE void filter_rows(const Filter<T>& m, int64_t h, int64_t w) {
     for (int r = 0; r < H; ++r) sum[r] = relu(sum[r]);
   }
   T* y = m.y + h * m.y_row + w;
-  if (m.width - w >= L) {
+  if (m.stream) {
+#pragma GCC unroll 8
+    for (int r = 0; r < H; ++r) stream(y + r * m.y_row, sum[r]);
+  } else if (m.width - w >= L) {
 #pragma GCC unroll 8
     for (int r = 0; r < H; ++r) store(y + r * m.y_row, sum[r]);
   } else {
@@ -889,10 +916,19 @@ void add(const Add<T>& m) {
   }
 }
 
+}  // namespace RTL_LEVEL
+}  // namespace rtl_kernels
+
+#include "norm_impl.h"
+
+namespace rtl_kernels {
+namespace RTL_LEVEL {
+
 template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
-          multiply<T>,      correlate<T>, outer<T>, few<T>, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>};
+          multiply<T>,      correlate<T>, outer<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>,
+          norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 
 }  // namespace RTL_LEVEL

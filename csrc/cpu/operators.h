@@ -67,4 +67,40 @@ void grad_weight(const Plan& plan, const Batch& batch, const Masks& masks, const
 template <class T>
 void grad_bias(const Batch& batch, const T* dy, int64_t channels, int64_t pixels, T* db, int64_t bias_stride);
 
+// Batch normalisation of x (rows, channels, pixels) with one set of statistics for every mask's rows (none of which may be
+// without mask: offsets[1] = 0); those of a mask without rows are left alone. Affine parameters are `affine_stride` apart
+// from mask to mask, 0: shared.
+template <class T>
+struct BatchNorm {
+  const T* x;
+  int64_t channels, pixels;
+  const T* weight;  // or null
+  const T* bias;    // or null
+  int64_t affine_stride;
+  double eps;
+  T* y;
+  T* mean;         // (masks, channels), as are
+  T* variance;     // unbiased
+  T* inverse_std;  // 1 / √(biased variance + eps)
+};
+template <class T>
+void batch_norm(const Batch& batch, const BatchNorm<T>& call, const Parallel& parallel);
+
+// dw and db (or null) are added to.
+template <class T>
+struct BatchNormGrad {
+  const T* dy;
+  const T* x;
+  int64_t channels, pixels;
+  const T* weight;  // or null
+  int64_t affine_stride;
+  const T* mean;
+  const T* inverse_std;
+  T* dx;
+  T* dw;
+  T* db;
+};
+template <class T>
+void batch_norm_grad(const Batch& batch, const BatchNormGrad<T>& call, const Parallel& parallel);
+
 }  // namespace rtl_kernels

@@ -17,7 +17,7 @@ namespace {
 int64_t tile_inputs(const Plan& plan, int64_t kept) {
   const int64_t inputs = std::max<int64_t>(1, plan.channels * plan.taps);
   const int64_t weights = plan.groups * plan.rows * inputs;
-  const int64_t most = plan.taps > 1 ? 288 : kept * 100 >= weights * 35 ? 320 : 512;
+  const int64_t most = plan.taps > 1 ? 144 : kept * 100 >= weights * 35 ? 320 : 512;
   const int64_t tiles = (inputs + most - 1) / most;
   return (inputs + tiles - 1) / tiles;
 }

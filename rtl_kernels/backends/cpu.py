@@ -17,8 +17,6 @@ from ..ops import OPERATIONS, define
 
 name = "cpu"
 
-operators = tuple(operation for operation in OPERATIONS if operation.startswith("masked_"))
-
 
 def _load() -> str | None:
     """Load the compiled library; why it cannot be, or None."""
@@ -34,7 +32,7 @@ def _load() -> str | None:
 
 unavailable = _load()
 if unavailable is None:
-    for _operation in operators:
+    for _operation in OPERATIONS:
         define(_operation, name, None, "CPU")
 
 

@@ -5,7 +5,7 @@ A batch norm with fixed statistics is a scale and a shift of each channel (for e
     convolution or linear layer → batch norm → + residual → ReLU
 
 is one operator (`masked_..._into` of ops.py), whichever of the three follow. Layers whose results are concatenated
-along the channels write them into their places at once. Dense convolutions and their batch norms become one convolution.
+along the channels write them into their places at once. Dense convolutions take their batch norms into their weights.
 `torch.fx` finds the patterns; what it finds none in is left as it is.
 """
 
@@ -98,12 +98,12 @@ class FusedModel(Wrapper):
 
     def _run(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            if not x.is_cpu or route.all_masks:
+            if not x.is_cpu or route.all_masks or args or kwargs:  # further arguments are in row order
                 return super()._run(route, x, *args, **kwargs)
             # The CPU kernels find the samples of a mask wherever they lie: sorting the batch would cost two passes.
             self._pass.route = route
             try:
-                return self.model(x, *args, **kwargs)
+                return self.model(x)
             finally:
                 self._pass.route = None
 
@@ -197,7 +197,7 @@ def _affine(bias: Tensor | None, norms: Sequence[nn.BatchNorm2d]) -> tuple[Tenso
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: Sequence[str]) -> None:
+    def __init__(self, leaves: Sequence[str] = ()) -> None:
         super().__init__()
         self._leaves = frozenset(leaves)
 
@@ -207,11 +207,11 @@ class _Tracer(fx.Tracer):
 
 
 def _module(model: fx.GraphModule, node: Any, *kinds: type[nn.Module]) -> nn.Module | None:
-    """The module that a node calls with one tensor alone, if it is exactly of one of these kinds."""
+    """The module that a node calls with one tensor alone, if it is exactly of one of these kinds and has no hooks."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or node.kwargs or len(node.args) != 1:
         return None
     module = model.get_submodule(str(node.target))
-    return module if type(module) in kinds else None
+    return module if type(module) in kinds and not (module._forward_hooks or module._forward_pre_hooks) else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -365,7 +365,7 @@ def _is_concatenation(node: fx.Node) -> bool:
         return False
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) == 2 else None)
     listed = bool(node.args) and isinstance(node.args[0], (list, tuple))
-    return listed and dim == 1 and set(node.kwargs) <= {"dim"}
+    return bool(listed and dim == 1 and set(node.kwargs) <= {"dim"})
 
 
 def _fused(model: fx.GraphModule, node: Any) -> FusedLayer | None:

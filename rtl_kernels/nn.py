@@ -340,7 +340,9 @@ def _batch_norm(
 
 class _SubsetBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float, backend: str) -> Any:
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float, backend: str
+    ) -> Any:
         return functional.raw_operator(f"subset_batch_norm_{backend}")(x, weight, bias, offsets, eps)
 
     @staticmethod

@@ -93,34 +93,63 @@ void refuse_dense(const Groups& groups, bool untied) {
                   "index holds -1 (no mask), but the weights are untied: expected 0..K-1");
 }
 
+// Elements from one sample to the next where each lies in one piece, as in a slice of channels; else -1.
+int64_t sample_stride(const Tensor& tensor) {
+  int64_t stride = 1;
+  for (int64_t d = tensor.dim() - 1; d > 0; --d) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != stride) return -1;
+    stride *= tensor.size(d);
+  }
+  return tensor.size(0) > 1 ? tensor.stride(0) : stride;
+}
+
+// What is done to the sums of an output row; all in the dtype they are made in.
+struct After {
+  std::optional<Tensor> scale, shift, residual;
+  bool relu = false;
+};
+
 template <class T>
-void run_forward(const Plan& plan, const Groups& groups, const Tensor& x, const Weight& weight,
-                 const std::optional<Tensor>& bias, Tensor& y) {
+void run_forward(const Plan& plan, const Groups& groups, const Tensor& x, const Weight& weight, const After& after,
+                 Tensor& y) {
+  const auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<T>() : nullptr; };
+  const auto stride = [](const std::optional<Tensor>& t) { return t && t->dim() == 2 ? t->size(1) : 0; };
   Forward<T> call{};
   call.x = x.const_data_ptr<T>();
+  call.x_sample = sample_stride(x);
   call.weight = weight.tensor.const_data_ptr<T>();
   call.weight_stride = weight.stride;
-  call.bias = bias ? bias->const_data_ptr<T>() : nullptr;
-  call.bias_stride = weight.stride && bias ? bias->numel() / std::max<int64_t>(1, bias->size(0)) : 0;
+  call.scale = data(after.scale);
+  call.scale_stride = stride(after.scale);
+  call.bias = data(after.shift);
+  call.bias_stride = stride(after.shift);
+  call.residual = data(after.residual);
+  call.residual_row = after.residual ? sample_stride(*after.residual) : 0;
+  call.relu = after.relu;
   call.y = y.mutable_data_ptr<T>();
+  call.y_row = sample_stride(y);
   forward<T>(plan, groups.batch, groups.masks, call, parallel);
+}
+
+void run_forward(const Plan& plan, const Groups& groups, const Tensor& x, const Weight& weight, const After& after,
+                 Tensor& y) {
+  if (y.numel() == 0) return;
+  if (x.scalar_type() == ScalarType::Double)
+    run_forward<double>(plan, groups, x, weight, after, y);
+  else
+    run_forward<float>(plan, groups, x, weight, after, y);
 }
 
 // y (rows, ...) of the plan; for a derivative over repeated samples, summed to (rows / repeat, ...).
 Tensor apply(const Plan& plan, const Groups& groups, const Tensor& x, const Weight& weight,
              const std::optional<Tensor>& bias, const Ints& y_size, int64_t summed, ScalarType dtype) {
   const Tensor wide = widened(x);
-  std::optional<Tensor> b;
-  if (bias) b = widened(*bias);
+  After after;
+  if (bias) after.shift = widened(*bias);
   Ints rows_size = y_size;
   rows_size[0] *= summed;
   Tensor y = torch::stable::new_empty(wide, rows_size);
-  if (y.numel() > 0) {
-    if (wide.scalar_type() == ScalarType::Double)
-      run_forward<double>(plan, groups, wide, weight, b, y);
-    else
-      run_forward<float>(plan, groups, wide, weight, b, y);
-  }
+  run_forward(plan, groups, wide, weight, after, y);
   if (summed > 1) {
     Ints parts = y_size;
     parts.insert(parts.begin(), summed);
@@ -128,6 +157,46 @@ Tensor apply(const Plan& plan, const Groups& groups, const Tensor& x, const Weig
     y = torch::stable::sum(torch::stable::view(y, parts), torch::headeronly::IntHeaderOnlyArrayRef(&first, 1));
   }
   return narrowed(y, dtype);
+}
+
+// As the tensor if its samples lie in one piece each, else a copy; widened.
+Tensor pieces(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  const bool wide = dtype == ScalarType::Float || dtype == ScalarType::Double;
+  return wide && sample_stride(tensor) >= 0 ? tensor : widened(tensor);
+}
+
+// y, of the plan's shape and in one piece a sample, is filled with what `masked_..._into` says (ops.py).
+void apply_into(const Plan& plan, const Groups& groups, const Tensor& x, const Weight& weight, After after, Tensor y,
+                const Ints& y_size, int64_t rows) {
+  STD_TORCH_CHECK(sizes(y) == y_size && y.scalar_type() == x.scalar_type(),
+                  "y does not fit the call: expected the result's shape and x's dtype");
+  const ScalarType sums = weight.tensor.scalar_type();
+  for (const std::optional<Tensor>& each : {after.scale, after.shift}) {
+    if (!each) continue;
+    STD_TORCH_CHECK(each->scalar_type() == sums && each->dim() <= 2 && each->dim() >= 1 &&
+                        each->size(each->dim() - 1) == rows &&
+                        (each->dim() == 1 || each->size(0) == groups.batch.masks),
+                    "scale and shift do not fit the weight: expected (", rows, ",) or (", groups.batch.masks, ", ",
+                    rows, ") in the dtype that sums are made in");
+    STD_TORCH_CHECK(each->dim() == 1 || groups.batch.offsets[1] == 0,
+                    "index holds -1 (no mask), but scale or shift is per mask: expected 0..K-1");
+  }
+  if (after.scale) after.scale = widened(*after.scale);
+  if (after.shift) after.shift = widened(*after.shift);
+  if (after.residual) {
+    STD_TORCH_CHECK(sizes(*after.residual) == y_size && after.residual->scalar_type() == x.scalar_type(),
+                    "residual does not fit the call: expected the result's shape and x's dtype");
+    after.residual = pieces(*after.residual);
+  }
+  const Tensor wide = pieces(x);
+  if (y.scalar_type() == sums && sample_stride(y) >= 0) {
+    run_forward(plan, groups, wide, weight, after, y);
+  } else {
+    Tensor result = torch::stable::new_empty(wide, y_size);
+    run_forward(plan, groups, wide, weight, after, result);
+    torch::stable::copy_(y, result);
+  }
 }
 
 template <class T>
@@ -184,18 +253,41 @@ int64_t inner_of(const Tensor& x) {
   return inner;
 }
 
+// A forward call with its arguments checked.
+struct Linear {
+  const bool untied;
+  const int64_t rows, channels;
+  const Groups groups;
+  const Plan plan;
+  Ints y_size;
+
+  Linear(const Tensor& x, const Tensor& weight, const Tensor& words, const Tensor& offsets,
+         const std::optional<Tensor>& order, int64_t repeat)
+      : untied(weight.dim() == 3),
+        rows(weight.size(weight.dim() - 2)),
+        channels(weight.size(weight.dim() - 1)),
+        groups(words, offsets, order, x.size(0), repeat, x.size(0) * repeat, inner_of(x), rows, channels),
+        plan(linear_plan(false, rows, channels)),
+        y_size(sizes(x)) {
+    STD_TORCH_CHECK(x.size(x.dim() - 1) == channels, "x has ", x.size(x.dim() - 1), " features, expected ", channels);
+    refuse_dense(groups, untied);
+    y_size[0] *= repeat;
+    y_size.back() = rows;
+  }
+};
+
 Tensor masked_linear(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
                      int64_t repeat, std::optional<Tensor> bias) {
-  const bool untied = weight.dim() == 3;
-  const int64_t rows = weight.size(weight.dim() - 2), channels = weight.size(weight.dim() - 1);
-  STD_TORCH_CHECK(x.size(x.dim() - 1) == channels, "x has ", x.size(x.dim() - 1), " features, expected ", channels);
-  const Groups groups(words, offsets, order, x.size(0), repeat, x.size(0) * repeat, inner_of(x), rows, channels);
-  refuse_dense(groups, untied);
-  Ints y_size = sizes(x);
-  y_size[0] *= repeat;
-  y_size.back() = rows;
-  return apply(linear_plan(false, rows, channels), groups, x, Weight(weight, untied), bias, y_size, 1,
-               x.scalar_type());
+  const Linear call(x, weight, words, offsets, order, repeat);
+  return apply(call.plan, call.groups, x, Weight(weight, call.untied), bias, call.y_size, 1, x.scalar_type());
+}
+
+void masked_linear_into(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
+                        int64_t repeat, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                        std::optional<Tensor> residual, bool relu, Tensor y) {
+  const Linear call(x, weight, words, offsets, order, repeat);
+  apply_into(call.plan, call.groups, x, Weight(weight, call.untied), {scale, shift, residual, relu}, y, call.y_size,
+             call.rows);
 }
 
 Tensor masked_linear_grad_input(Tensor dy, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
@@ -257,21 +349,50 @@ void check_channels(const char* name, const Tensor& tensor, int64_t channels) {
                   channels, ", H, W)");
 }
 
+// A forward call, of a plan that gathers or scatters, with its arguments checked.
+struct Conv {
+  const bool untied;
+  const Sizes w;
+  const int64_t rows;
+  const Groups groups;
+  Plan plan;
+  Ints y_size;
+
+  Conv(bool scatter, const Tensor& x, const Tensor& weight, const Tensor& words, const Tensor& offsets,
+       const std::optional<Tensor>& order, int64_t repeat, const Ints& stride, const Ints& padding,
+       const Ints& output_padding, const Ints& dilation, int64_t divisions)
+      : untied(weight.dim() == 5),
+        w(sizes_of(sizes(weight))),
+        rows(scatter ? w.second * divisions : w.lead),
+        groups(conv_groups(words, offsets, order, x.size(0), repeat, x.size(0) * repeat, w)) {
+    check_channels("x", x, scatter ? w.lead : w.second * divisions);
+    refuse_dense(groups, untied);
+    const int64_t in[2] = {x.size(2), x.size(3)};
+    int64_t out[2];
+    for (int d = 0; d < 2; ++d) {
+      const int64_t both = padding[2 * d] + padding[2 * d + 1], reach = dilation[d] * (w.kernel[d] - 1);
+      out[d] = scatter ? (in[d] - 1) * stride[d] - both + reach + output_padding[d] + 1
+                       : (in[d] + both - reach - 1) / stride[d] + 1;
+    }
+    plan = conv_plan(scatter, w, divisions, stride, {padding[0], padding[2]}, dilation, in, out);
+    y_size = {x.size(0) * repeat, rows, out[0], out[1]};
+  }
+};
+
 Tensor masked_conv2d(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
                      int64_t repeat, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
                      int64_t groups) {
-  const bool untied = weight.dim() == 5;
-  const Sizes w = sizes_of(sizes(weight));
-  check_channels("x", x, w.second * groups);
-  const Groups g = conv_groups(words, offsets, order, x.size(0), repeat, x.size(0) * repeat, w);
-  refuse_dense(g, untied);
-  const int64_t in[2] = {x.size(2), x.size(3)};
-  int64_t out[2];
-  for (int d = 0; d < 2; ++d)
-    out[d] = (in[d] + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (w.kernel[d] - 1) - 1) / stride[d] + 1;
-  const Plan plan = conv_plan(false, w, groups, stride, {padding[0], padding[2]}, dilation, in, out);
-  return apply(plan, g, x, Weight(weight, untied), bias, {x.size(0) * repeat, w.lead, out[0], out[1]}, 1,
-               x.scalar_type());
+  const Conv call(false, x, weight, words, offsets, order, repeat, stride, padding, {}, dilation, groups);
+  return apply(call.plan, call.groups, x, Weight(weight, call.untied), bias, call.y_size, 1, x.scalar_type());
+}
+
+void masked_conv2d_into(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
+                        int64_t repeat, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                        std::optional<Tensor> residual, bool relu, Tensor y, Ints stride, Ints padding, Ints dilation,
+                        int64_t groups) {
+  const Conv call(false, x, weight, words, offsets, order, repeat, stride, padding, {}, dilation, groups);
+  apply_into(call.plan, call.groups, x, Weight(weight, call.untied), {scale, shift, residual, relu}, y, call.y_size,
+             call.rows);
 }
 
 Tensor masked_conv2d_grad_input(Tensor dy, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
@@ -304,18 +425,19 @@ std::tuple<Tensor, Tensor> masked_conv2d_grad_weight(Tensor dy, Tensor x, Tensor
 Tensor masked_conv_transpose2d(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
                                int64_t repeat, std::optional<Tensor> bias, Ints stride, Ints padding,
                                Ints output_padding, int64_t groups, Ints dilation) {
-  const bool untied = weight.dim() == 5;
-  const Sizes w = sizes_of(sizes(weight));
-  check_channels("x", x, w.lead);
-  const Groups g = conv_groups(words, offsets, order, x.size(0), repeat, x.size(0) * repeat, w);
-  refuse_dense(g, untied);
-  const int64_t in[2] = {x.size(2), x.size(3)};
-  int64_t out[2];
-  for (int d = 0; d < 2; ++d)
-    out[d] = (in[d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (w.kernel[d] - 1) + output_padding[d] + 1;
-  const Plan plan = conv_plan(true, w, groups, stride, padding, dilation, in, out);
-  return apply(plan, g, x, Weight(weight, untied), bias, {x.size(0) * repeat, w.second * groups, out[0], out[1]}, 1,
-               x.scalar_type());
+  const Conv call(true, x, weight, words, offsets, order, repeat, stride,
+                  {padding[0], padding[0], padding[1], padding[1]}, output_padding, dilation, groups);
+  return apply(call.plan, call.groups, x, Weight(weight, call.untied), bias, call.y_size, 1, x.scalar_type());
+}
+
+void masked_conv_transpose2d_into(Tensor x, Tensor weight, Tensor words, Tensor offsets, std::optional<Tensor> order,
+                                  int64_t repeat, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                  std::optional<Tensor> residual, bool relu, Tensor y, Ints stride, Ints padding,
+                                  Ints output_padding, int64_t groups, Ints dilation) {
+  const Conv call(true, x, weight, words, offsets, order, repeat, stride,
+                  {padding[0], padding[0], padding[1], padding[1]}, output_padding, dilation, groups);
+  apply_into(call.plan, call.groups, x, Weight(weight, call.untied), {scale, shift, residual, relu}, y, call.y_size,
+             call.rows);
 }
 
 Tensor masked_conv_transpose2d_grad_input(Tensor dy, Tensor weight, Tensor words, Tensor offsets,
@@ -452,12 +574,15 @@ std::tuple<Tensor, Tensor, Tensor> subset_batch_norm_grad(Tensor dy, Tensor x, s
 STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CPU, m) {
 #define RTL_IMPL(operation) m.impl(#operation "_cpu", TORCH_BOX(&rtl_kernels::operation))
   RTL_IMPL(masked_linear);
+  RTL_IMPL(masked_linear_into);
   RTL_IMPL(masked_linear_grad_input);
   RTL_IMPL(masked_linear_grad_weight);
   RTL_IMPL(masked_conv2d);
+  RTL_IMPL(masked_conv2d_into);
   RTL_IMPL(masked_conv2d_grad_input);
   RTL_IMPL(masked_conv2d_grad_weight);
   RTL_IMPL(masked_conv_transpose2d);
+  RTL_IMPL(masked_conv_transpose2d_into);
   RTL_IMPL(masked_conv_transpose2d_grad_input);
   RTL_IMPL(masked_conv_transpose2d_grad_weight);
   RTL_IMPL(subset_batch_norm);

@@ -395,6 +395,76 @@ def _run(
     return result
 
 
+def run_into(
+    operation: str,
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    route: Route,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    geometry: tuple[Any, ...],
+    room: tuple[int, int] | None,
+    buffer: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """act(scale · (x through its masks) + shift + residual), without gradients: what a fused model's layers call.
+
+    Args:
+        operation: "masked_linear", ...; `geometry` is what its raw operator takes.
+        words: the bank's; they fit the weight.
+        scale, shift: (O,), or (K, O) with one for each mask; None: 1 and 0.
+        residual: added; where it has another shape or dtype than the result, torch adds it afterwards.
+        relu: whether act is max(0, ·).
+        room: the result is channels [room[0], room[0] + O) of a tensor of room[1] channels; that one is returned.
+        buffer: that tensor, if another layer made it already.
+
+    Raises:
+        TypeError, ValueError: x does not fit the weight or the route; index −1 with parameters for each mask (CPU).
+    """
+    x, weight, _ = _autocast(x, weight, None)
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise TypeError(f"x is {x.dtype} on {x.device}, expected {weight.dtype} on {weight.device} as the weight")
+    if route.num_masks != words.shape[0] or route.offsets.device != x.device:
+        raise ValueError(f"route is {route}, expected one for {words.shape[0]} masks on {x.device}")
+    repeat = route.repeat_for(x)
+    channels = weight.shape[-1 if operation == "masked_linear" else -3]
+    if operation == "masked_linear":
+        fits = x.dim() >= 2 and x.shape[-1] == channels
+    else:
+        expected = weight.shape[-4] if operation == "masked_conv_transpose2d" else channels * geometry[3]
+        fits = x.dim() == 4 and x.shape[1] == expected
+    if not fits:
+        raise ValueError(f"x has shape {tuple(x.shape)}, which does not fit a weight of {tuple(weight.shape)}")
+    size = shapes.result(operation, x, weight, repeat, geometry)
+    if len(size) == 4 and min(size[2:]) < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, which leaves nothing of the output")
+    wide = shapes.statistics_dtype(x.dtype)
+    scale, shift = (None if p is None else p.to(wide) for p in (scale, shift))
+    own = (scale is not None and scale.dim() == 2) or (shift is not None and shift.dim() == 2) or weight.dim() in (3, 5)
+    if own and x.is_cpu and not torch.compiler.is_compiling() and route.offsets[1] > 0:
+        raise ValueError("index holds -1 (no mask), but there is a parameter for each mask: expected 0..K-1")
+    later = None
+    if residual is not None and (residual.shape != size or residual.dtype != x.dtype or residual.device != x.device):
+        residual, later = None, residual
+    if room is None:
+        y = whole = x.new_empty(size)
+    else:
+        whole = x.new_empty((size[0], room[1], *size[2:])) if buffer is None else buffer
+        y = whole.narrow(1, room[0], size[1])
+        if y.shape != size:
+            raise ValueError(f"tensors of {tuple(y.shape)} and {tuple(size)} are concatenated along dimension 1")
+    operator = raw_operator(f"{operation}_into_{_backend(operation, x, weight, backend)}")
+    relu_here = relu and later is None
+    operator(x, weight, words, route.offsets, route.order, repeat, scale, shift, residual, relu_here, y, *geometry)
+    if later is not None:
+        whole = whole + later
+        whole = torch.relu(whole) if relu else whole
+    return whole
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     # A tensor inside torch.func's transforms need not say that it requires a gradient.
     # So does a dual one, whose tangent a raw operator would lose: the Function refuses it in words.

@@ -25,6 +25,7 @@ from .routing import Route
 from .shapes import statistics_dtype
 
 __all__ = [
+    "FusedModel",
     "MaskedConv2d",
     "MaskedConvTranspose2d",
     "MaskedLinear",
@@ -32,6 +33,7 @@ __all__ = [
     "SubsetBatchNorm2d",
     "convert",
     "extract",
+    "fuse",
     "untie",
 ]
 
@@ -359,11 +361,8 @@ class _SubsetBatchNorm(torch.autograd.Function):
         return (dx, None, None, None, None, None) if weight is None else (dx, dw, db, None, None, None)
 
 
-class RoutedModel(nn.Module):
-    """A converted model: `net(x, index)` sends sample b through mask index[b]. Made by `convert`.
-
-    `net.model` is the converted model itself; its parameters keep their names, so a dense state dict loads into it.
-    """
+class Wrapper(nn.Module):
+    """What is called as `net(x, index)`: gives `net.model`'s masked modules the route of the pass."""
 
     def __init__(self, model: nn.Module, num_masks: int) -> None:
         super().__init__()
@@ -394,6 +393,9 @@ class RoutedModel(nn.Module):
             raise ValueError(f"index is a route for {route.num_masks} masks, but the model has {self.num_masks}")
         if x.dim() == 0 or x.shape[0] != route.batch:
             raise ValueError(f"x has shape {tuple(x.shape)}, but index is for {route.batch} samples")
+        return self._run(route, x, *args, **kwargs)
+
+    def _run(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._pass.record(route)
         self._pass.route = route.sorted()
         try:
@@ -406,6 +408,13 @@ class RoutedModel(nn.Module):
             return route.restore(leaf) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows else leaf
 
         return pytree.tree_map(restore, y)
+
+
+class RoutedModel(Wrapper):
+    """A converted model: `net(x, index)` sends sample b through mask index[b]. Made by `convert`.
+
+    `net.model` is the converted model itself; its parameters keep their names, so a dense state dict loads into it.
+    """
 
     def masked_modules(self) -> dict[str, _Masked]:
         """The masked layers by their names in `net.model`, in its order."""
@@ -499,6 +508,7 @@ def untie(net: RoutedModel) -> RoutedModel:
     Raises:
         ValueError: the model has parameters in a module it does not know how to replicate, or is untied already.
     """
+    _refuse_fused(net)
     known = (_Masked, SubsetBatchNorm2d)
     for name, module in net.model.named_modules():
         own = [key for key, _ in module.named_parameters(recurse=False)]
@@ -545,6 +555,7 @@ def extract(net: RoutedModel, ticket: int) -> nn.Module:
     Raises:
         IndexError: unless 0 <= ticket < K.
     """
+    _refuse_fused(net)
     if not 0 <= ticket < net.num_masks:
         raise IndexError(f"ticket is {ticket}, but there are {net.num_masks} (0..{net.num_masks - 1})")
     model = copy.deepcopy(net).model
@@ -574,6 +585,11 @@ def extract(net: RoutedModel, ticket: int) -> nn.Module:
                 delattr(module, attribute)
             cast(nn.Module, module).__class__ = nn.BatchNorm2d
     return model
+
+
+def _refuse_fused(net: nn.Module) -> None:
+    if isinstance(net, FusedModel):
+        raise TypeError("net is a fused copy, expected the RoutedModel it was made from")
 
 
 def _mask(module: nn.Module, num_masks: int) -> None:
@@ -621,3 +637,6 @@ def _replicate(tensor: Tensor, times: int) -> Tensor:
 
 def _replicate_parameter(parameter: Tensor, times: int) -> nn.Parameter:
     return nn.Parameter(_replicate(parameter.detach(), times), parameter.requires_grad)
+
+
+from .fuse import FusedModel, fuse  # noqa: E402  (it is made of what stands above)

@@ -6,7 +6,13 @@ Each masked operation has three raw operators a backend, named `rtl_kernels::<op
     masked_linear_grad_input(dy, weight, words, offsets, order, repeat)                 -> dx
     masked_linear_grad_weight(dy, x, words, offsets, order, repeat, weight_size, bias)  -> dw, db
 
-and the convolutions likewise, with their geometry behind. They know nothing of autograd (functional.py puts it on top)
+and the convolutions likewise, with their geometry behind. A fourth is for inference, and fills y itself:
+
+    masked_linear_into(x, weight, words, offsets, order, repeat, scale, shift, residual, relu, y)
+
+        y ← act(scale · (x through m ⊙ w) + shift + residual)
+
+They know nothing of autograd (functional.py puts it on top)
 nor of `Route` and `MaskBank`, only of the tensors these hold. Common arguments:
 
     weight   (O, ...) shared, or (K, O, ...) untied.
@@ -16,6 +22,11 @@ nor of `Route` and `MaskBank`, only of the tensors these hold. Common arguments:
     repeat   1, or K with order None: row r reads x[r mod B] and writes y[r], and the groups are of B rows each.
     bias     (O,), or (K, O) for untied weights; in a gradient operator whether `db` is wanted (else it is empty).
     padding  of a convolution: top, bottom, left, right.
+    scale,   (O,), or (K, O) with one for each mask (rows without a mask are an error then, on the CPU); in the dtype
+    shift    that sums are made in; None: 1 and 0.
+    residual as y; None: 0.
+    relu     whether act is max(0, ·); else it is nothing.
+    y        of the result's shape and x's dtype; like x and residual it may be a slice of another tensor's channels.
 """
 
 from __future__ import annotations
@@ -35,11 +46,14 @@ _GROUPS = "Tensor words, Tensor offsets, Tensor? order, SymInt repeat"
 _CONV = "int[2] stride, int[4] padding, int[2] dilation, int groups"
 _CONV_TRANSPOSE = "int[2] stride, int[2] padding, int[2] output_padding, int groups, int[2] dilation"
 
+_INTO = "Tensor? scale, Tensor? shift, Tensor? residual, bool relu, Tensor(a!) y"
+
 _SCHEMAS = {
     "masked_linear": f"(Tensor x, Tensor weight, {_GROUPS}, Tensor? bias) -> Tensor",
     "masked_linear_grad_input": f"(Tensor dy, Tensor weight, {_GROUPS}) -> Tensor",
     "masked_linear_grad_weight": f"(Tensor dy, Tensor x, {_GROUPS}, SymInt[] weight_size, bool bias) "
     "-> (Tensor, Tensor)",
+    "masked_linear_into": f"(Tensor x, Tensor weight, {_GROUPS}, {_INTO}) -> ()",
 }
 for _operation, _geometry in (("masked_conv2d", _CONV), ("masked_conv_transpose2d", _CONV_TRANSPOSE)):
     _SCHEMAS |= {
@@ -47,6 +61,7 @@ for _operation, _geometry in (("masked_conv2d", _CONV), ("masked_conv_transpose2
         f"{_operation}_grad_input": f"(Tensor dy, Tensor weight, {_GROUPS}, SymInt[] x_size, {_geometry}) -> Tensor",
         f"{_operation}_grad_weight": f"(Tensor dy, Tensor x, {_GROUPS}, SymInt[] weight_size, bool bias, {_geometry}) "
         "-> (Tensor, Tensor)",
+        f"{_operation}_into": f"(Tensor x, Tensor weight, {_GROUPS}, {_INTO}, {_geometry}) -> ()",
     }
 _SCHEMAS |= {
     "subset_batch_norm": "(Tensor x, Tensor? weight, Tensor? bias, Tensor offsets, float eps) "
@@ -61,15 +76,63 @@ OPERATIONS = tuple(_SCHEMAS)
 def define(operation: str, backend: str, implementation: Callable[..., Any] | None, keys: str | Sequence[str]) -> Any:
     """Register one backend's implementation of a raw operator under dispatch `keys`; returns the operator.
 
-    Without `implementation` a compiled library has registered it.
+    Without `implementation` a compiled library has registered it. With one of a forward operation, the operator that
+    writes into y is made from it.
     """
     name = f"rtl_kernels::{operation}_{backend}"
     torch.library.define(name, _SCHEMAS[operation])
     if implementation is not None:
         torch.library.impl(name, keys, implementation)
     torch.library.register_fake(name, getattr(shapes, operation))
+    operator = getattr(torch.ops.rtl_kernels, f"{operation}_{backend}").default
+    if operation.endswith("_into"):
+        return operator
     _register_loop_vmap(name)
-    return getattr(torch.ops.rtl_kernels, f"{operation}_{backend}").default
+    if implementation is not None and f"{operation}_into" in _SCHEMAS:
+        define(f"{operation}_into", backend, _into(operator, -1 if operation == "masked_linear" else 1), keys)
+    return operator
+
+
+# ---- what follows a layer at inference, for backends without a kernel of their own for it
+
+
+def _into(operator: Callable[..., Tensor], channel: int) -> Callable[..., None]:
+    def implementation(
+        x: Tensor,
+        weight: Tensor,
+        words: Tensor,
+        offsets: Tensor,
+        order: Tensor | None,
+        repeat: int,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        y: Tensor,
+        *geometry: Any,
+    ) -> None:
+        z = operator(x, weight, words, offsets, order, repeat, None, *geometry).movedim(channel, -1)
+        z = z.to(shapes.statistics_dtype(z.dtype))
+
+        def of_rows(parameter: Tensor) -> Tensor:
+            if parameter.dim() == 1:
+                return parameter
+            row = torch.arange(z.shape[0], device=z.device)
+            mask = torch.searchsorted(offsets[1:], row, right=True) - 1
+            mask = _refuse_dense(mask, offsets, "a scale or shift per mask")
+            if order is not None:
+                mask = torch.empty_like(mask).index_copy_(0, order, mask)
+            return parameter[mask].reshape(z.shape[0], *(1 for _ in z.shape[2:]), z.shape[-1])
+
+        if scale is not None:
+            z = z * of_rows(scale)
+        if shift is not None:
+            z = z + of_rows(shift)
+        if residual is not None:
+            z = z + residual.movedim(channel, -1)
+        y.copy_((torch.relu(z) if relu else z).movedim(-1, channel))
+
+    return implementation
 
 
 # ---- batching rule

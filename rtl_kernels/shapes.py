@@ -17,10 +17,23 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def result(operation: str, x: Tensor, weight: Tensor, repeat: int, geometry: Sequence[Any]) -> tuple[int, ...]:
+    """The shape of a forward operation's result."""
+    rows = x.shape[0] * repeat
+    if operation == "masked_linear":
+        return (rows, *x.shape[1:-1], weight.shape[-2])
+    if operation == "masked_conv2d":
+        stride, padding, dilation, _ = geometry
+        return (rows, weight.shape[-4], *conv_size(x.shape[2:], weight.shape[-2:], stride, padding, dilation))
+    assert operation == "masked_conv_transpose2d", operation
+    size = conv_transpose_size(x.shape[2:], weight.shape[-2:], *geometry)
+    return (rows, weight.shape[-3] * geometry[3], *size)
+
+
 def masked_linear(
     x: Tensor, weight: Tensor, words: Tensor, offsets: Tensor, order: Tensor | None, repeat: int, bias: Tensor | None
 ) -> Tensor:
-    return x.new_empty((x.shape[0] * repeat, *x.shape[1:-1], weight.shape[-2]))
+    return x.new_empty(result("masked_linear", x, weight, repeat, ()))
 
 
 def masked_linear_grad_input(
@@ -91,8 +104,7 @@ def masked_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    size = conv_size(x.shape[2:], weight.shape[-2:], stride, padding, dilation)
-    return x.new_empty((x.shape[0] * repeat, weight.shape[-4], *size))
+    return x.new_empty(result("masked_conv2d", x, weight, repeat, (stride, padding, dilation, groups)))
 
 
 def masked_conv_transpose2d(
@@ -109,8 +121,8 @@ def masked_conv_transpose2d(
     groups: int,
     dilation: Sequence[int],
 ) -> Tensor:
-    size = conv_transpose_size(x.shape[2:], weight.shape[-2:], stride, padding, output_padding, groups, dilation)
-    return x.new_empty((x.shape[0] * repeat, weight.shape[-3] * groups, *size))
+    geometry = (stride, padding, output_padding, groups, dilation)
+    return x.new_empty(result("masked_conv_transpose2d", x, weight, repeat, geometry))
 
 
 def _conv_grad_input(
@@ -124,6 +136,10 @@ def _conv_grad_input(
     *geometry: Any,
 ) -> Tensor:
     return dy.new_empty(x_size)
+
+
+def _into(*arguments: Any) -> None:
+    """Nothing: the result is written into an argument."""
 
 
 def subset_batch_norm(
@@ -144,3 +160,4 @@ masked_linear_grad_weight = _grad_weight(2, lambda size, geometry: size[0])
 masked_conv2d_grad_weight = _grad_weight(4, lambda size, geometry: size[0])
 masked_conv_transpose2d_grad_weight = _grad_weight(4, lambda size, geometry: size[1] * geometry[3])
 masked_conv2d_grad_input = masked_conv_transpose2d_grad_input = _conv_grad_input
+masked_linear_into = masked_conv2d_into = masked_conv_transpose2d_into = _into

@@ -30,6 +30,7 @@ class Runner {
     out_ = plan.out[0] * plan.out[1];
     const int64_t row = plan.groups * plan.rows * out_ * int64_t(sizeof(T)), vector = k_.lanes * int64_t(sizeof(T));
     stream_ = row * batch.offsets[batch.masks + 1] * batch.inner >= kStream && row % vector == 0 &&
+              call.y_row * int64_t(sizeof(T)) % vector == 0 && !call.residual &&
               reinterpret_cast<uintptr_t>(call.y) % vector == 0;
     for (int64_t g = 0; g <= batch.masks; ++g) {
       const int64_t start = batch.offsets[g] * batch.inner, stop = batch.offsets[g + 1] * batch.inner;
@@ -157,27 +158,56 @@ class Runner {
 
   // Without a division where there is nothing to divide by: these are taken for every row of every layer.
   const T* input(int64_t row) const {
-    if (batch_.inner == 1 && batch_.order)
-      return call_.x + batch_.order[row] * plan_.groups * plan_.channels * in_;
+    if (batch_.inner == 1 && batch_.order) return call_.x + batch_.order[row] * call_.x_sample;
     const int64_t r = row / batch_.inner, rest = row % batch_.inner;
     const int64_t sample = batch_.order ? batch_.order[r] : r % batch_.samples;
-    return call_.x + (sample * batch_.inner + rest) * plan_.groups * plan_.channels * in_;
+    return call_.x + sample * call_.x_sample + rest * plan_.groups * plan_.channels * in_;
   }
 
-  T* output(int64_t row) const {
-    if (batch_.inner == 1) return call_.y + (batch_.order ? batch_.order[row] : row) * plan_.groups * plan_.rows * out_;
+  T* output(int64_t row) const { return call_.y + place(row, call_.y_row); }
+
+  const T* residual(int64_t row) const { return call_.residual + place(row, call_.residual_row); }
+
+  int64_t place(int64_t row, int64_t stride) const {
+    if (batch_.inner == 1) return (batch_.order ? batch_.order[row] : row) * stride;
     const int64_t r = row / batch_.inner, rest = row % batch_.inner;
-    const int64_t sample = batch_.order ? batch_.order[r] : r;
-    return call_.y + (sample * batch_.inner + rest) * plan_.groups * plan_.rows * out_;
+    return (batch_.order ? batch_.order[r] : r) * stride + rest * plan_.groups * plan_.rows * out_;
   }
 
   const T* weight(const Segment& segment, int64_t group) const {
     return call_.weight + std::max<int64_t>(0, segment.mask) * call_.weight_stride + group * plan_.group_weights();
   }
 
-  const T* bias(const Segment& segment, int64_t group) const {
-    if (!call_.bias) return nullptr;
-    return call_.bias + std::max<int64_t>(0, segment.mask) * call_.bias_stride + group * plan_.rows;
+  // What is done to the sums of rows `row`, … of a group.
+  struct After {
+    const T* scale;
+    const T* bias;
+    bool relu;
+
+    template <class M>
+    void to(M& m) const {
+      m.scale = scale;
+      m.bias = bias;
+      m.relu = relu;
+    }
+  };
+
+  After after(const Segment& segment, int64_t group, int64_t row = 0) const {
+    const int64_t mask = std::max<int64_t>(0, segment.mask), at = group * plan_.rows + row;
+    return {call_.scale ? call_.scale + mask * call_.scale_stride + at : nullptr,
+            call_.bias ? call_.bias + mask * call_.bias_stride + at : nullptr, call_.relu && !call_.residual};
+  }
+
+  // Adds the residual to rows [row, row + rows) of all samples of a unit, each `height` pixels from `first` on, while
+  // they lie in the caches.
+  void add_residual(const Unit& unit, int64_t row, int64_t rows, int64_t first, int64_t height) const {
+    if (!call_.residual) return;
+    const bool whole = height == out_;
+    for (int64_t s = 0; s < unit.count; ++s) {
+      const int64_t at = row * out_ + first;
+      k_.add({residual(unit.start + s) + at, out_, output(unit.start + s) + at, out_, whole ? 1 : rows,
+              whole ? rows * out_ : height, call_.relu});
+    }
   }
 
   // A wide linear layer on few samples reads more weights than inputs: then all of x is packed first, and each chunk of
@@ -256,7 +286,7 @@ class Runner {
               m.w_stride = 1;
               m.w_row = channels;
             }
-            m.bias = call_.bias ? bias(segment, 0) + row : nullptr;
+            if (step + 1 == most) after(segment, 0, row).to(m);
             m.rows = here;
             m.y = y + at[u] / std::max<int64_t>(1, channels) * rows;
             m.y_row = unit.strip.samples;
@@ -275,6 +305,7 @@ class Runner {
             for (int64_t s = 0; s < count; ++s) to[s] = output(unit.start + lane + s) + row;
             k_.from_lanes({to, count, here, y + at[u] / std::max<int64_t>(1, channels) * rows + lane, place.data()});
           }
+          add_residual(unit, row, here, 0, 1);
         }
       }
     });
@@ -354,7 +385,7 @@ class Runner {
         m.w = job_.weight(segment, g);
         m.w_stride = plan_.channel_stride();
         m.w_row = plan_.row_stride();
-        m.bias = job_.bias(segment, g);
+        job_.after(segment, g).to(m);
         m.rows = plan_.rows;
         m.y = job_.output(unit.start) + g * plan_.rows * pixels;
         m.y_row = pixels;
@@ -363,6 +394,7 @@ class Runner {
         m.stream = job_.stream_ && m.kept.tiles == 1;
         k_.multiply(m);
       }
+      job_.add_residual(unit, 0, plan_.groups * plan_.rows, 0, job_.out_);
     }
 
     void few(const Unit& unit, const Segment& segment) {
@@ -386,8 +418,9 @@ class Runner {
         m.words_row = job_.masks_.row_words;
         m.w = job_.weight(segment, g) + row * plan_.channels;
         m.w_row = plan_.channels;
-        m.bias = job_.call_.bias ? job_.bias(segment, g) + row : nullptr;
+        job_.after(segment, g, row).to(m);
         k_.few(m);
+        job_.add_residual(unit, g * plan_.rows + row, unit.strip.height, 0, 1);
       }
     }
 
@@ -402,11 +435,12 @@ class Runner {
         const uint32_t* words =
             segment.mask < 0 ? nullptr : job_.masks_.words + segment.mask * job_.masks_.mask_words;
         const Phase& phase = plan_.phases[0];
+        const T* scale = job_.after(segment, 0).scale;
         for (int64_t g = 0; g < plan_.groups; ++g) {
           for (size_t t = 0; t < phase.taps.size(); ++t) {
             const int64_t tap = phase.taps[t];
             if (words && !(words[g * job_.masks_.row_words + tap / 32] >> (tap % 32) & 1)) continue;
-            values_.push_back(job_.weight(segment, g)[tap]);
+            values_.push_back(job_.weight(segment, g)[tap] * (scale ? scale[g] : T(1)));
             at_.push_back(tables_[0][t].x);
           }
           taps_.push_back(int64_t(values_.size()));
@@ -416,12 +450,13 @@ class Runner {
       const Phase& phase = plan_.phases[0];
       const int64_t begin = std::max(unit.strip.first, phase.begin[0]);
       const int64_t end = std::min(unit.strip.first + unit.strip.height, phase.end[0]);
-      const T* bias = job_.bias(segment, 0);
+      const After after = job_.after(segment, 0);
       Filter<T> m{};
       m.x_row = plan_.plane_width();
       m.y_row = plan_.out[1];
       m.height = end - begin;
       m.width = phase.end[1] - phase.begin[1];
+      m.relu = after.relu;
       m.stream = job_.stream_ && m.y_row % k_.lanes == 0 && m.width == m.y_row;
       for (int64_t g = 0; g < plan_.groups; ++g) {
         const T* plane = job_.input(unit.start) + g * job_.in_;
@@ -429,11 +464,22 @@ class Runner {
         m.weights = values_.data() + taps_[g];
         m.at = at_.data() + taps_[g];
         m.taps = taps_[g + 1] - taps_[g];
-        m.bias = bias ? bias[g] : T(0);
+        m.bias = after.bias ? after.bias[g] : T(0);
         m.y = job_.output(unit.start) + g * job_.out_ + (begin + phase.shift[0]) * m.y_row + phase.begin[1] +
               phase.shift[1];
         k_.filter(m);
       }
+      add_residual(unit);
+    }
+
+    // To what a strip's places became: whole rows of pixels, of all phases together.
+    void add_residual(const Unit& unit) const {
+      const Phase& phase = plan_.phases[0];
+      const int64_t begin = unit.strip.first * phase.step[0] + phase.shift[0];
+      const int64_t top = std::max<int64_t>(0, begin);
+      const int64_t bottom = std::min(plan_.out[0], begin + unit.strip.height * phase.step[0]);
+      if (bottom > top)
+        job_.add_residual(unit, 0, plan_.groups * plan_.rows, top * plan_.out[1], (bottom - top) * plan_.out[1]);
     }
 
     void prepare(const Strip& strip) {
@@ -460,6 +506,7 @@ class Runner {
         }
         run_groups(unit, segment, *packer_, g0, groups);
       }
+      add_residual(unit);
     }
 
     void run_groups(const Unit& unit, const Segment& segment, Packer<T>& packer, int64_t g0, int64_t groups) {
@@ -503,7 +550,7 @@ class Runner {
           m.x = x + g * plan_.channels * strip.channel(plan_) + (begin - strip.first) * line +
                 phase.begin[1] * strip.unit();
           m.w = job_.weight(segment, g0 + g);
-          m.bias = job_.bias(segment, g0 + g);
+          job_.after(segment, g0 + g).to(m);
           m.y = y + g * plan_.rows * m.y_row;
           k_.multiply(m);
         }

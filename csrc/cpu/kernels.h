@@ -30,7 +30,8 @@ struct Kept {
   int64_t first_tile;  // of Multiply: tiles before it have been added to y already
 };
 
-// y[r][c] = b[r] + Σ_{kept (r, j)} w[r, j] · x[j][c] for columns 0..columns of every segment.
+// y[r][c] = act(s[r] · Σ_{kept (r, j)} w[r, j] · x[j][c] + b[r]) for columns 0..columns of every segment; s, b and act are
+// applied with the last tile.
 template <class T>
 struct Multiply {
   Kept kept;
@@ -40,7 +41,9 @@ struct Multiply {
   const Offset* table;  // of every input, or null
   const T* w;
   int64_t w_row;        // elements between the weights of one row and the next
-  const T* bias;        // of every row, or null
+  const T* scale;       // of every row, or null: 1
+  const T* bias;        // of every row, or null: 0
+  bool relu;            // act; else none
   int64_t rows;
   T* y;
   int64_t y_row;
@@ -88,7 +91,8 @@ struct Outer {
   int64_t g_row;
 };
 
-// y[s][o] = b[o] + Σ_i m[o, i] w[o][i] · x[s][i] of a few samples: the mask's words applied to whole vectors of weights.
+// y[s][o] = act(t[o] · Σ_i m[o, i] w[o][i] · x[s][i] + b[o]) of a few samples: the mask's words applied to whole vectors of
+// weights.
 template <class T>
 struct Few {
   const T* const* x;
@@ -100,7 +104,9 @@ struct Few {
   int64_t words_row;
   const T* w;
   int64_t w_row;
-  const T* bias;  // or null
+  const T* scale;  // or null
+  const T* bias;   // or null
+  bool relu;
 };
 
 // Samples as lanes: `count` <= lanes rows of `length` elements <-> one vector of lanes for every element, at
@@ -152,7 +158,7 @@ struct Norm {
   double* second;
 };
 
-// One channel of one sample against its own filter: y[h][w] = bias + Σ_taps w[t] · x[h · x_row + at[t] + w · x_step].
+// One channel of one sample against its own filter: y[h][w] = act(bias + Σ_taps w[t] · x[h · x_row + at[t] + w]).
 template <class T>
 struct Filter {
   const T* x;
@@ -161,11 +167,23 @@ struct Filter {
   const int64_t* at;
   int64_t taps;
   T bias;
+  bool relu;
   T* y;
   int64_t y_row;
   int64_t height;
   int64_t width;  // x is readable up to a whole vector past it
   bool stream;    // y goes past the caches: its rows are aligned to whole vectors, and whole
+};
+
+// y[r][w] = act(y[r][w] + x[r][w]) for `rows` rows of `width` elements.
+template <class T>
+struct Add {
+  const T* x;
+  int64_t x_row;
+  T* y;
+  int64_t y_row;
+  int64_t rows, width;
+  bool relu;
 };
 
 template <class T>
@@ -183,6 +201,7 @@ struct Kernels {
   void (*copy)(const Copy<T>&);
   void (*split)(const Split<T>&);
   void (*filter)(const Filter<T>&);
+  void (*add)(const Add<T>&);
   void (*norm_sum)(const Norm<T>&);       // first += Σ x
   void (*norm_squares)(const Norm<T>&);   // first += Σ (x − a)²
   void (*norm_scale)(const Norm<T>&);     // y = x · a + b

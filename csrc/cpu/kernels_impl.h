@@ -49,6 +49,12 @@ RTL_INLINE typename Vector<T>::type splat(T value) {
   return value - typename Vector<T>::type{};
 }
 
+// max(0, v), and NaN where v is: vectors and halves.
+template <class V>
+RTL_INLINE V relu(V v) {
+  return v < V{} ? V{} : v;
+}
+
 // Half a vector, where that costs half as much (512-bit operations are two halves inside): ragged groups end in one.
 #if RTL_VECTOR_BYTES == 64
 constexpr bool kHalves = true;
@@ -155,6 +161,7 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
   const int64_t start = tile * m.kept.tile_inputs;
   const Offset* table = m.table + (Table ? start : 0);
   if (!Table) x += start * m.x_stride;
+  const bool last = tile + 1 == m.kept.tiles, affine = last && (m.scale || m.bias), act = last && m.relu;
   for (int64_t r0 = 0; r0 < m.rows; r0 += R) {
     const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / R) * 16;
     const uint16_t* index = m.kept.index + counts[0];
@@ -199,15 +206,16 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
     for (int r = 0; r < R; ++r) {
       if (r0 + r < m.rows) {
         T* out = y + (r0 + r) * m.y_row;
+        const typename Vector<T>::type scale = splat(affine && m.scale ? m.scale[r0 + r] : T(1));
+        const typename Vector<T>::type bias = splat(affine && m.bias ? m.bias[r0 + r] : T(0));
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
           typename Vector<T>::type s = sum[0].full[r][v];
 #pragma GCC unroll 4
           for (int u = 1; u < U; ++u) s += sum[u].full[r][v];
-          if (tile)
-            s += load(out + v * L);
-          else if (m.bias)
-            s += splat(m.bias[r0 + r]);
+          if (tile) s += load(out + v * L);
+          if (affine) s = s * scale + bias;
+          if (act) s = relu(s);
           if (m.stream)
             stream(out + v * L, s);
           else
@@ -218,10 +226,9 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
           typename Half<T>::type s = sum[0].half[r];
 #pragma GCC unroll 4
           for (int u = 1; u < U; ++u) s += sum[u].half[r];
-          if (tile)
-            s += *end;
-          else if (m.bias)
-            s += low(splat(m.bias[r0 + r]));
+          if (tile) s += *end;
+          if (affine) s = s * low(scale) + low(bias);
+          if (act) s = relu(s);
           *end = s;
         }
       }
@@ -661,7 +668,10 @@ RTL_INLINE void few_tile(const Few<T>& m, int64_t from, int64_t to, int64_t o, i
     }
   }
   const V total = totals<T>(sum);
-  const T* bias = from ? nullptr : m.bias;
+  const bool last = to == m.inputs;
+  const T* scale = last ? m.scale : nullptr;
+  const T* bias = last ? m.bias : nullptr;
+  const bool act = last && m.relu;
   T part[L];
   store(part, total);
   if (o + R <= m.rows && s0 + S <= m.samples) {
@@ -671,15 +681,20 @@ RTL_INLINE void few_tile(const Few<T>& m, int64_t from, int64_t to, int64_t o, i
       Rows* y = reinterpret_cast<Rows*>(m.y[s0 + s] + o);
       Rows sums = *reinterpret_cast<const Rows*>(part + s * R);
       if (from) sums += *y;
+      if (scale) sums *= *reinterpret_cast<const Rows*>(scale + o);
       if (bias) sums += *reinterpret_cast<const Rows*>(bias + o);
-      *y = sums;
+      *y = act ? relu(sums) : sums;
     }
     return;
   }
   for (int s = 0; s < S && s0 + s < m.samples; ++s)
     for (int r = 0; r < R && o + r < m.rows; ++r) {
       T& y = m.y[s0 + s][o + r];
-      y = part[s * R + r] + (from ? y : bias ? bias[o + r] : T(0));
+      T sum = part[s * R + r];
+      if (from) sum += y;
+      if (scale) sum *= scale[o + r];
+      if (bias) sum += bias[o + r];
+      y = act && sum < T(0) ? T(0) : sum;
     }
 }
 
@@ -859,6 +874,10 @@ RTL_INLINE void filter_rows(const Filter<T>& m, int64_t h, int64_t w) {
 #pragma GCC unroll 8
     for (int r = 0; r < H; ++r) sum[r] += value * load(at + r * m.x_row);
   }
+  if (m.relu) {
+#pragma GCC unroll 8
+    for (int r = 0; r < H; ++r) sum[r] = relu(sum[r]);
+  }
   T* y = m.y + h * m.y_row + w;
   if (m.stream) {
 #pragma GCC unroll 8
@@ -887,6 +906,26 @@ void filter(const Filter<T>& m) {
   }
 }
 
+// ---- what is added to a result
+
+template <class T>
+void add(const Add<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const T* x = m.x + r * m.x_row;
+    T* y = m.y + r * m.y_row;
+    int64_t w = 0;
+    for (; w + L <= m.width; w += L) {
+      const typename Vector<T>::type s = load(y + w) + load(x + w);
+      store(y + w, m.relu ? relu(s) : s);
+    }
+    for (; w < m.width; ++w) {
+      const T s = y[w] + x[w];
+      y[w] = m.relu && s < T(0) ? T(0) : s;
+    }
+  }
+}
+
 }  // namespace RTL_LEVEL
 }  // namespace rtl_kernels
 
@@ -898,7 +937,7 @@ namespace RTL_LEVEL {
 template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
-          multiply<T>,      correlate<T>, outer<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>,
+          multiply<T>,      correlate<T>, outer<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>,
           norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 

@@ -26,15 +26,24 @@ struct Masks {
   int64_t row_words;
 };
 
-// y = op(x, m ⊙ w) + b. `weight_stride` and `bias_stride` lead from one mask's to the next; 0: shared.
+// y = act(s · op(x, m ⊙ w) + b + r). `weight_stride`, `scale_stride` and `bias_stride` lead from one mask's to the next; 0:
+// shared. `x_sample`, `residual_row` and `y_row` lead from one sample (of `inner` vectors) to the next: tensors may be
+// slices of channels.
 template <class T>
 struct Forward {
   const T* x;
+  int64_t x_sample;
   const T* weight;
   int64_t weight_stride;
-  const T* bias;
+  const T* scale;  // or null
+  int64_t scale_stride;
+  const T* bias;  // or null
   int64_t bias_stride;
+  const T* residual;  // or null; as y
+  int64_t residual_row;
+  bool relu;
   T* y;
+  int64_t y_row;
 };
 template <class T>
 void forward(const Plan& plan, const Batch& batch, const Masks& masks, const Forward<T>& call, const Parallel& parallel);

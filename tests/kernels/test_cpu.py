@@ -466,9 +466,10 @@ CACHE = """
 import torch
 import rtl_kernels as rk
 operators = torch.ops.rtl_kernels
-most, x, route = 0, torch.randn(64, 256), rk.Route.build([0] * 64, 1)
-for seed in range(40):  # 65536 weights each, half of them kept: some 40 KB
+most, banks, x, route = 0, [], torch.randn(64, 256), rk.Route.build([0] * 64, 1)
+for seed in range(40):  # 65536 weights each, half of them kept: some 40 KB. Kept, lest one takes a freed one's place
     bank = rk.MaskBank.from_dense(torch.rand(1, 256, 256, generator=torch.Generator().manual_seed(seed)) < 0.5)
+    banks.append(bank)
     y = rk.masked_linear(x, torch.ones(256, 256), bank, route, backend="cpu")
     assert torch.allclose(y, x @ bank.to_dense()[0].float().T, atol=1e-3)
     most = max(most, operators.cpu_cache_bytes())

@@ -82,9 +82,9 @@ class Runner {
     if (count > 8 && weights * int64_t(sizeof(T)) < (int64_t(4) << 20)) return false;
     // Estimated from about 4,000 of the bits.
     const uint32_t* words = masks_.words + segment.mask * masks_.mask_words;
-    const int64_t step = masks_.mask_words / 128 | 1;
+    const int64_t length = plan_.groups * plan_.rows * masks_.row_words, step = length / 128 | 1;
     int64_t kept = 0, bits = 0;
-    for (int64_t i = 0; i < masks_.mask_words; i += step) kept += __builtin_popcount(words[i]), bits += 32;
+    for (int64_t i = 0; i < length; i += step) kept += __builtin_popcount(words[i]), bits += 32;
     return kept * 100 >= bits * 45;
   }
 

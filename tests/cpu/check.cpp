@@ -524,6 +524,8 @@ class Run {
     std::unique_ptr<Buffer<T>> y[3];
     Forward<T> call{};
     call.x = (scatter ? b_ : a_)->data();
+    call.x_sample = c_.inner * (scatter ? c_.b_size() : c_.a_size());
+    call.y_row = c_.inner * size;
     call.weight = weight_->data();
     call.weight_stride = weight_stride_;
     call.bias = c_.bias ? bias_->data() : nullptr;

@@ -192,6 +192,21 @@ def test_a_group_is_computed_from_its_own_samples_alone(path, backend):
         testing.assert_bitwise(y, whole[mine])
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_the_compiled_operators_give_the_same_on_any_number_of_threads(path):
+    example = testing.make(PATHS[path])
+    parts = steps(example, torch.float32, residual=True, relu=True)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run_into(example, "cpu", *parts))
+    finally:
+        torch.set_num_threads(before)
+    testing.assert_bitwise(*results)
+
+
 @testing.for_backends
 @pytest.mark.parametrize("path", [path for path in PATHS if PATHS[path].operation != "linear"])
 def test_slices_of_channels_are_read_and_written_in_place(path, backend):

@@ -421,8 +421,10 @@ def run_into(
         room: the result is channels [room[0], room[0] + O) of a tensor of room[1] channels; that one is returned.
         buffer: that tensor, if another layer made it already.
 
+    A row without a mask that meets parameters for each mask is for the caller to refuse.
+
     Raises:
-        TypeError, ValueError: x does not fit the weight or the route; index −1 with parameters for each mask (CPU).
+        TypeError, ValueError: x does not fit the weight or the route.
     """
     x, weight, _ = _autocast(x, weight, None)
     if x.dtype != weight.dtype or x.device != weight.device:
@@ -443,9 +445,6 @@ def run_into(
         raise ValueError(f"x has shape {tuple(x.shape)}, which leaves nothing of the output")
     wide = shapes.statistics_dtype(x.dtype)
     scale, shift = (None if p is None else p.to(wide) for p in (scale, shift))
-    own = (scale is not None and scale.dim() == 2) or (shift is not None and shift.dim() == 2) or weight.dim() in (3, 5)
-    if own and x.is_cpu and not torch.compiler.is_compiling() and route.offsets[1] > 0:
-        raise ValueError("index holds -1 (no mask), but there is a parameter for each mask: expected 0..K-1")
     later = None
     if residual is not None and (residual.shape != size or residual.dtype != x.dtype or residual.device != x.device):
         residual, later = None, residual

@@ -89,6 +89,7 @@ class FusedModel(Wrapper):
         super().__init__(model, num_masks)
         super().train(False)
         self.requires_grad_(False)
+        self._own = any(isinstance(module, FusedLayer) and module.own for module in self.modules())
 
     def train(self, mode: bool = True) -> FusedModel:
         if mode:
@@ -97,6 +98,8 @@ class FusedModel(Wrapper):
         return self
 
     def _run(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._own and x.is_cpu and not torch.compiler.is_compiling() and route.offsets[1] > 0:
+            raise ValueError("index holds -1 (no mask), but there are parameters for each ticket: expected 0..K-1")
         with torch.no_grad():
             if not x.is_cpu or route.all_masks or args or kwargs:  # further arguments are in row order
                 return super()._run(route, x, *args, **kwargs)
@@ -150,6 +153,12 @@ class FusedLayer(_Routed, nn.Module):
         self.register_buffer("scale", None if scale is None else scale.to(wide))
         self.register_buffer("shift", None if shift is None else shift.to(wide))
 
+    @property
+    def own(self) -> bool:
+        """Whether a parameter is there for each mask, so that none is there for samples without one."""
+        untied = self.weight.dim() in (3, 5)
+        return untied or any(p is not None and p.dim() == 2 for p in (self.scale, self.shift))
+
     def forward(self, x: Tensor, residual: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
         """The layer's result; with `room`, the tensor of all concatenated channels that holds it."""
         if self.pad is not None:
@@ -196,10 +205,35 @@ def _affine(bias: Tensor | None, norms: Sequence[nn.BatchNorm2d]) -> tuple[Tenso
 # ---- the graph
 
 
+class _Proxy(fx.Proxy):
+    """A traced value that `a += b` writes into: fx would trace `a = a + b`, which a tensor's other names do not see."""
+
+
+def _write(name: str) -> Any:
+    """The function of an in-place operator, as a traced graph calls it; numbers it leaves as they are."""
+    function = getattr(operator, name)
+
+    def write(a: Any, b: Any) -> Any:
+        return function(a, b)
+
+    write.__name__ = write.__qualname__ = f"_{name}"
+    setattr(_Proxy, f"__{name}__", lambda a, b: a.tracer.create_proxy("call_function", write, (a, b), {}))
+    return write
+
+
+_iadd, _isub, _imul, _itruediv, _ifloordiv, _imod, _ipow, _imatmul, _iand, _ior, _ixor = _WRITES = tuple(
+    _write(name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+)
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: Sequence[str] = ()) -> None:
         super().__init__()
         self._leaves = frozenset(leaves)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         ours = isinstance(module, (_Masked, SubsetBatchNorm2d))
@@ -228,15 +262,15 @@ def _mutates(model: fx.GraphModule, node: fx.Node) -> bool:
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op == "call_function":
-        if getattr(operator, name, None) is node.target:
-            return name.startswith("i") or name == "setitem"
+        if node.target in _WRITES or node.target is operator.setitem:
+            return True
         if getattr(F, name, None) is node.target and any(argument is True for argument in node.args):
             return True  # F.relu(x, True)
-    return name.endswith("_") and not name.endswith("__")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 _RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_)
-_ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+_ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, _iadd, torch.add)
 
 
 def _is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
@@ -254,6 +288,8 @@ def _added(node: fx.Node, term: fx.Node) -> fx.Node | None:
         return None
     if node.kwargs or len(node.args) != 2 or term not in node.args:
         return None
+    if node.target in (_iadd, "add_") and node.args[0] is not term:
+        return None  # written into the other one
     other = node.args[1] if node.args[0] is term else node.args[0]
     return other if isinstance(other, fx.Node) and other is not term else None
 
@@ -337,6 +373,8 @@ def _share_concatenations(model: fx.GraphModule) -> None:
         layers = [_fused(model, part) for part in parts]
         if None in layers or len(set(parts)) < len(parts):
             continue
+        if any(user.op == "output" for part in parts for user in part.users):
+            continue  # two results of the model would lie in one tensor
         start, channels = 0, sum(cast(FusedLayer, layer).out_channels for layer in layers)
         rooms = {}
         for part, layer in zip(parts, layers, strict=True):

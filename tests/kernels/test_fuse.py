@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import operator
 import pickle
 
 import pytest
@@ -189,6 +190,21 @@ def test_a_group_is_computed_from_its_own_samples_alone(path, backend):
         )
         y = run_into(alone, backend, scale, shift, residual[mine], True)
         testing.assert_bitwise(y, whole[mine])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_compiled_operators_give_the_same_on_any_number_of_threads(path):
+    example = testing.make(PATHS[path])
+    parts = steps(example, torch.float32, residual=True, relu=True)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run_into(example, "cpu", *parts))
+    finally:
+        torch.set_num_threads(before)
+    testing.assert_bitwise(*results)
 
 
 @testing.for_backends
@@ -447,7 +463,7 @@ def test_several_inputs_and_outputs_and_results_with_several_users():
 
 
 class Overwrites(nn.Module):
-    """Tensors that are written into between a layer and what follows it, or after a concatenation."""
+    """A tensor that is written into between a layer and what is added to it, also by another name."""
 
     def __init__(self):
         super().__init__()
@@ -458,15 +474,49 @@ class Overwrites(nn.Module):
         y = x * 1
         a = self.one(y)
         y.mul_(2)
+        z, n = y, x.shape[0]
+        m = n
+        m += 1
+        z += self.two(x) * m / n
         a = self.norm(a) + y
-        b, c = self.two(a), self.three(a)
-        d = torch.cat((b, c), 1)
-        F.relu(d, True)
-        return d, b
+        return self.three(self.two(a))
 
 
 def test_tensors_written_in_place_are_written_when_the_model_does():
     net = masked(Overwrites().double())
+    assert_same(rk.nn.fuse(net), net, torch.randn(len(INDEX), 3, 4, 4, dtype=torch.float64), INDEX)
+
+
+class Clips(nn.Module):
+    """A concatenation that is written into while a part of it is still read."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.clip = clip
+
+    def forward(self, x):
+        a, b = self.one(x), self.two(x)
+        c = torch.cat((a, b), 1)
+        self.clip(c)
+        return c, a + 1
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        nn.ReLU(inplace=True),
+        lambda c: F.relu(c, True),
+        lambda c: F.relu(c, inplace=True),
+        torch.relu_,
+        lambda c: c.relu_(),
+        lambda c: operator.imul(c, 2),
+        lambda c: c.__imul__(2),
+        lambda c: torch.add(c, 1, out=c),
+    ],
+)
+def test_concatenations_written_in_place_are_left_alone(clip):
+    net = masked(Clips(clip).double())
     assert_same(rk.nn.fuse(net), net, torch.randn(len(INDEX), 3, 4, 4, dtype=torch.float64), INDEX)
 
 
@@ -616,6 +666,26 @@ def test_bad_calls_are_refused_in_words():
         fused(x[..., :2], [0, 1])
     with pytest.raises(ValueError, match="but index is for 1 samples"):
         fused(x, [0])
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        y = self.one(x)
+        return y, torch.cat((y, self.two(x)), 1)
+
+
+def test_results_of_a_model_share_no_memory():
+    net = masked(Both().double())
+    fused = rk.nn.fuse(net)
+    x = torch.randn(len(INDEX), 2, 4, 4, dtype=torch.float64)
+    assert_same(fused, net, x, INDEX)
+    y, both = fused(x, INDEX)
+    y.zero_()
+    assert both[:, :3].all()
 
 
 class Apart(nn.Module):

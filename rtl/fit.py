@@ -88,7 +88,7 @@ def rewind(net: rk.nn.RoutedModel, theta0: Mapping[str, Tensor]) -> None:
 
 def new_optimizer(net: rk.nn.RoutedModel, fit: Fit) -> torch.optim.Optimizer:
     """Adam under which neither a pruned weight nor its state moves."""
-    return rk.optim.masked_step(torch.optim.Adam(net.parameters(), lr=fit.lr), net)
+    return rk.optim.masked_step(torch.optim.Adam(net.parameters(), lr=fit.lr, foreach=True), net)
 
 
 Batch = Sequence[tuple[int, int, Tensor]]  # of each ticket in a step: mask, ticket, sample positions

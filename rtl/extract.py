@@ -10,7 +10,6 @@ repeat until every m_k has the target sparsity:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,16 @@ from torch import Tensor, nn
 
 import rtl_kernels as rk
 from rtl.errors import InputError
-from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, rewind, split, state, step
+from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, rewind, set_rate, split, state, step
 from rtl.partition import Partition
 from rtl.run import Artefact, Run, slug
 from rtl.tickets import TicketMasks, Tickets
 from rtl.workers import global_seed
+
+SCOPES = ("global", "layer")
+TRAINED = ("masked", "dense")
+
+THETA = "theta/"  # before the names of weights in a round's artefact, beside the masks' words by layer
 
 Masks = Mapping[str, Tensor]  # one ticket's, by layer: bool of the weight's shape
 
@@ -38,14 +42,20 @@ class PrunePlan:
         remove: weights removed a round: a number, or a fraction of those that survive.
         until: the target sparsity. The step that reaches it, or a reported sparsity, is cut short to be exact.
         report_at: sparsities whose masks are kept; None: the target alone.
+        scope: "global": the smallest weights of all layers together go; "layer": of every layer the same share.
+        trained: what a round trains: the "masked" network f(·; m_k ⊙ θ), or the "dense" one f(·; θ), of whose weights
+            only the surviving ones are then compared.
 
     Raises:
-        InputError: `remove` is neither a count >= 1 nor a fraction in (0, 1), or a sparsity is outside [0, 1).
+        InputError: `remove` is neither a count >= 1 nor a fraction in (0, 1), a sparsity is outside [0, 1), or another
+            value is none of the above.
     """
 
     remove: int | float = 4096
     until: float = 0.75
     report_at: tuple[float, ...] | None = None
+    scope: str = "global"
+    trained: str = "masked"
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -55,6 +65,9 @@ class PrunePlan:
             raise InputError(
                 f"remove is {self.remove}, expected a number of weights (1 or more) or a fraction in (0, 1)"
             )
+        for name, known in (("scope", SCOPES), ("trained", TRAINED)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name, values in (("until", [self.until]), ("report_at", self.levels)):
             for value in values:
                 if not 0 <= value < 1:
@@ -123,15 +136,16 @@ class Extraction:
         self.prunable = sum(bank.shape.numel() for bank in self.ones.values())
         self.rounds = plan.rounds(self.prunable)
         # What the task refuses, it refuses before anything is written.
-        epoch = [split(fit.task.draw(parts, k, torch.Generator()), fit.batch_size) for k in range(len(parts))]
+        drawn = [fit.task.draw(parts, k, torch.Generator()) for k in range(len(parts))]
         if batched:
-            _side_by_side(parts, epoch)
+            _side_by_side(parts, [split(order, fit.batch_size) for order in drawn])
+        self.epoch_samples = [len(order) for order in drawn]  # of each ticket
         self.model, self.parts, self.plan, self.fit = model, parts, plan, fit
         self.run = run.child("extract")
         self.run.configure(
             {
                 "plan": plan,
-                "fit": dataclasses.asdict(fit) | {"task": fit.task.name},
+                "fit": fit.described_for_extraction(),
                 "subsets": parts.counts(),
                 "data": parts.fingerprint,
                 "theta0": digest(model.state_dict()),
@@ -147,6 +161,37 @@ class Extraction:
         """Tickets with rounds left to do."""
         rounds = range(len(self.rounds))
         return [k for k in range(len(self.parts)) if not all(self.run.done(self.key(k, number)) for number in rounds)]
+
+    @property
+    def samples(self) -> int:
+        """Samples that all rounds of all tickets together present."""
+        return len(self.rounds) * self.fit.epochs * sum(self.epoch_samples)
+
+    def keeps_weights(self, number: int) -> bool:
+        """Whether a reported sparsity is reached in round `number`, so that the weights it was trained to are kept."""
+        return self.rounds[number] in (kept_at(self.prunable, level) for level in self.plan.levels)
+
+    def weights_at(self, level: float, ticket: int | None = None) -> dict[str, Tensor]:
+        """The dense model's state at the end of the round that gave the masks at a reported sparsity.
+
+        Args:
+            level: the sparsity.
+            ticket: whose; None: of all, every number moved from θ0 by the mean of the moves of the tickets that moved
+                it at all. A pruned weight, and what belongs to another ticket's logit, does not move.
+        """
+        theta0 = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        kept = kept_at(self.prunable, level)
+        if kept == self.prunable:
+            return theta0
+        number = self.rounds.index(kept)
+        tickets = range(len(self.parts)) if ticket is None else [ticket]
+        found = [self.run.load(self.key(k, number)).tensors for k in tickets]
+        for name, start in theta0.items():
+            if not start.is_floating_point():  # counters
+                continue
+            moves = torch.stack([tensors[f"{THETA}{name}"] - start for tensors in found])
+            theta0[name] = start + moves.sum(0) / (moves != 0).sum(0).clamp(min=1)
+        return theta0
 
     def tickets(self) -> Tickets:
         """The finished masks at every reported sparsity."""
@@ -174,42 +219,49 @@ def extract_all(extractions: Sequence[Extraction], run: Run) -> None:
 def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, int]) -> None:
     """Algorithm 1 for one k: the subsets are independent of one another within a round, and so over all rounds."""
     extraction, ticket = extractions[job[0]], job[1]
-    run, fit, parts = extraction.run, extraction.fit, extraction.parts
+    run, plan, fit, parts = extraction.run, extraction.plan, extraction.fit, extraction.parts
     net = masked_copy(extraction.model, 1, "shared")
-    theta0, rounds, name = state(net), extraction.rounds, parts.names[ticket]
-    with run.track(name, len(rounds) * fit.epochs) as progress:
+    theta0, rounds, name, survivors = state(net), extraction.rounds, parts.names[ticket], net.banks
+    with run.track(name, len(rounds) * fit.epochs, extraction.epoch_samples[ticket]) as progress:
         for number, keep in enumerate(rounds):
 
-            def one_round(number: int = number, keep: int = keep) -> Artefact:
+            def one_round(
+                number: int = number, keep: int = keep, survivors: dict[str, rk.MaskBank] = survivors
+            ) -> Artefact:
                 began, samples, loss = time.perf_counter(), 0, 0.0
                 rewind(net, theta0)  # θ ← θ0
                 optimizer, generator = new_optimizer(net, fit), run.generator("extract", name, number)
                 net.train()
-                for _ in range(fit.epochs):  # train f(·; m_k ⊙ θ) on D_k
+                for epoch in range(fit.epochs):  # train f(·; m_k ⊙ θ) on D_k
                     order = fit.task.draw(parts, ticket, generator)
-                    for index in split(order, fit.batch_size):
-                        loss = float(step(net, optimizer, fit.task, parts, [(0, ticket, index)]))
+                    batches = split(order, fit.batch_size)
+                    for m, index in enumerate(batches):
+                        set_rate(optimizer, fit, (epoch + m / len(batches)) / fit.epochs)
+                        loss = float(step(net, optimizer, fit, parts, [(0, ticket, index)]))
                     samples += len(order)
                     progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
                 weights = {layer: module.weight.detach() for layer, module in net.masked_modules().items()}
-                masks = prune(weights, {layer: bank.dense(0) for layer, bank in net.banks.items()}, keep)
-                return _artefact(masks, keep, samples, loss, time.perf_counter() - began)
+                masks = prune(weights, {layer: bank.dense(0) for layer, bank in survivors.items()}, keep, plan.scope)
+                theta = state(net) if extraction.keeps_weights(number) else {}
+                return _artefact(masks, theta, keep, samples, loss, time.perf_counter() - began)
 
             if run.done(extraction.key(ticket, number)):
-                progress.advance(fit.epochs)
+                progress.skip(fit.epochs)
             artefact = run.stage(extraction.key(ticket, number), one_round)
-            net.banks = {layer: rk.MaskBank(artefact.tensors[layer], bank.shape) for layer, bank in net.banks.items()}
+            survivors = {layer: rk.MaskBank(artefact.tensors[layer], bank.shape) for layer, bank in survivors.items()}
+            if plan.trained == "masked":
+                net.banks = survivors
 
 
 def _extract_batched(extraction: Extraction) -> None:
     """Algorithm 1 for all k at once: one batch holds a batch of every subset, and every ticket has its own weights."""
-    run, fit, parts = extraction.run, extraction.fit, extraction.parts
+    run, plan, fit, parts = extraction.run, extraction.plan, extraction.fit, extraction.parts
     net = rk.nn.untie(masked_copy(extraction.model, len(parts), "per_ticket", True))
-    theta0, rounds, tickets = state(net), extraction.rounds, range(len(parts))
-    with run.track("all tickets", len(rounds) * fit.epochs) as progress:
+    theta0, rounds, tickets, survivors = state(net), extraction.rounds, range(len(parts)), net.banks
+    with run.track("all tickets", len(rounds) * fit.epochs, sum(extraction.epoch_samples)) as progress:
         for number, keep in enumerate(rounds):
             if all(run.done(extraction.key(ticket, number)) for ticket in tickets):
-                progress.advance(fit.epochs)
+                progress.skip(fit.epochs)
             else:
                 began, samples, loss = time.perf_counter(), [0] * len(parts), 0.0
                 rewind(net, theta0)
@@ -217,23 +269,30 @@ def _extract_batched(extraction: Extraction) -> None:
                 generators = [run.generator("extract", name, number) for name in parts.names]
                 net.train()
                 with global_seed(run.seed_for("extract", number)):  # dropout's numbers do not depend on resuming
-                    for _ in range(fit.epochs):
+                    for epoch in range(fit.epochs):
                         orders = [fit.task.draw(parts, ticket, generators[ticket]) for ticket in tickets]
-                        for batch in _side_by_side(parts, [split(order, fit.batch_size) for order in orders]):
-                            loss = float(step(net, optimizer, fit.task, parts, batch))
+                        batches = _side_by_side(parts, [split(order, fit.batch_size) for order in orders])
+                        for m, batch in enumerate(batches):
+                            set_rate(optimizer, fit, (epoch + m / len(batches)) / fit.epochs)
+                            loss = float(step(net, optimizer, fit, parts, batch))
                         samples = [n + len(order) for n, order in zip(samples, orders, strict=True)]
                         progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
+                trained = state(net) if extraction.keeps_weights(number) else {}
                 seconds = (time.perf_counter() - began) / len(parts)
                 for ticket in tickets:
                     weights = {layer: m.weight.detach()[ticket] for layer, m in net.masked_modules().items()}
-                    masks = prune(weights, {layer: bank.dense(ticket) for layer, bank in net.banks.items()}, keep)
-                    artefact = _artefact(masks, keep, samples[ticket], loss, seconds)
+                    masks = {layer: bank.dense(ticket) for layer, bank in survivors.items()}
+                    masks = prune(weights, masks, keep, plan.scope)
+                    theta = {name: t[ticket] for name, t in trained.items()}
+                    artefact = _artefact(masks, theta, keep, samples[ticket], loss, seconds)
                     run.save(extraction.key(ticket, number), artefact)
             loaded = [run.load(extraction.key(ticket, number)).tensors for ticket in tickets]
-            net.banks = {
+            survivors = {
                 layer: rk.MaskBank(torch.cat([words[layer] for words in loaded]), bank.shape)
-                for layer, bank in net.banks.items()
+                for layer, bank in survivors.items()
             }
+            if plan.trained == "masked":
+                net.banks = survivors
 
 
 def _side_by_side(parts: Partition, batches: Sequence[Sequence[Tensor]]) -> list[Batch]:
@@ -246,12 +305,14 @@ def _side_by_side(parts: Partition, batches: Sequence[Sequence[Tensor]]) -> list
     return [[(k, k, index) for k, index in enumerate(row)] for row in zip(*batches, strict=True)]
 
 
-def prune(weights: Masks, masks: Masks, keep: int) -> Masks:
-    """The masks without their smallest-magnitude weights, over all layers together, so that `keep` weights survive.
+def prune(weights: Masks, masks: Masks, keep: int, scope: str = "global") -> Masks:
+    """The masks without their smallest-magnitude weights, so that `keep` weights survive.
 
     Args:
         weights: by layer, any float dtype.
         masks: by layer, bool: what survives now, at least `keep` weights.
+        scope: "global": the smallest over all layers together; "layer": every layer loses the same share of what
+            survives in it, up to one weight (the largest remainders make up the exact count).
 
     Returns:
         New masks, nested in the old ones. Of equal magnitudes the one that comes first, in the order of layers and
@@ -266,12 +327,30 @@ def prune(weights: Masks, masks: Masks, keep: int) -> Masks:
         raise InputError("weights are not finite after training: it diverged, use a smaller lr")
     if int(alive.sum()) < keep:
         raise InputError(f"keep is {keep}, but only {int(alive.sum())} weights survive")
-    ranked = magnitude.masked_fill(~alive, -1).sort(descending=True, stable=True).indices
-    survivors = torch.zeros_like(alive).index_fill_(0, ranked[:keep], True)
-    parts = survivors.split([mask.numel() for mask in masks.values()])
+    if scope == "layer":
+        return {layer: _largest(weights[layer], masks[layer], n) for layer, n in _shares(masks, keep).items()}
+    parts = _largest(magnitude, alive, keep).split([mask.numel() for mask in masks.values()])
     return {layer: part.view(mask.shape) for (layer, mask), part in zip(masks.items(), parts, strict=True)}
 
 
-def _artefact(masks: Masks, kept: int, samples: int, loss: float, seconds: float) -> Artefact:
+def _largest(weights: Tensor, alive: Tensor, keep: int) -> Tensor:
+    """The `keep` largest magnitudes of those alive, bool of the same shape."""
+    ranked = weights.abs().masked_fill(~alive, -1).flatten().sort(descending=True, stable=True).indices
+    return torch.zeros_like(alive).flatten().index_fill_(0, ranked[:keep], True).view(alive.shape)
+
+
+def _shares(masks: Masks, keep: int) -> dict[str, int]:
+    """How many weights each layer keeps when all lose the same share."""
+    alive = {layer: int(mask.sum()) for layer, mask in masks.items()}
+    everything = sum(alive.values())
+    exact = {layer: (everything - keep) * n / max(1, everything) for layer, n in alive.items()}
+    removed = {layer: int(n) for layer, n in exact.items()}
+    rest = everything - keep - sum(removed.values())
+    for layer in sorted(exact, key=lambda layer: removed[layer] - exact[layer])[:rest]:
+        removed[layer] += 1
+    return {layer: n - removed[layer] for layer, n in alive.items()}
+
+
+def _artefact(masks: Masks, theta: Masks, kept: int, samples: int, loss: float, seconds: float) -> Artefact:
     words = {layer: rk.MaskBank.from_dense(mask[None]).words for layer, mask in masks.items()}
-    return Artefact(words, {"kept": kept, "samples": samples, "loss": loss, "seconds": seconds})
+    return Artefact(words | {THETA + name: t for name, t in theta.items()}, {"kept": kept, "samples": samples, "loss": loss, "seconds": seconds})

@@ -4,10 +4,10 @@ Tickets are trained apart, each against as many negatives as positives: one may 
 at the natural rate of classes half a probability is not half. Scores here are log-odds, log p / (1 − p), of each class.
 Every method is calibrated alike, from 4 numbers a class:
 
-threshold: p = σ(a·z + b) for each class by itself, by logistic regression with both sides of the class weighing equally
+threshold: p = σ(a·z + b) for each class by itself, by logistic regression in which a class and the rest weigh equally
            (J. Platt, "Probabilistic Outputs for Support Vector Machines", 1999).
-argmax:    the highest a·z + b, by the cross-entropy of their softmax ("vector scaling": C. Guo et al., "On Calibration of
-           Modern Neural Networks", arXiv 1706.04599).
+argmax:    the highest a·z + b, by the cross-entropy of their softmax ("vector scaling": C. Guo et al., "On Calibration
+           of Modern Neural Networks", arXiv 1706.04599).
 """
 
 from __future__ import annotations

@@ -167,6 +167,12 @@ class Extraction:
         """Samples that all rounds of all tickets together present."""
         return len(self.rounds) * self.fit.epochs * sum(self.epoch_samples)
 
+    @property
+    def finished_samples(self) -> int:
+        """Of those, what the tickets without rounds left to do took."""
+        finished = set(range(len(self.parts))) - set(self.unfinished())
+        return len(self.rounds) * self.fit.epochs * sum(self.epoch_samples[k] for k in finished)
+
     def keeps_weights(self, number: int) -> bool:
         """Whether a reported sparsity is reached in round `number`, so that the weights it was trained to are kept."""
         return self.rounds[number] in (kept_at(self.prunable, level) for level in self.plan.levels)
@@ -353,4 +359,5 @@ def _shares(masks: Masks, keep: int) -> dict[str, int]:
 
 def _artefact(masks: Masks, theta: Masks, kept: int, samples: int, loss: float, seconds: float) -> Artefact:
     words = {layer: rk.MaskBank.from_dense(mask[None]).words for layer, mask in masks.items()}
-    return Artefact(words | {THETA + name: t for name, t in theta.items()}, {"kept": kept, "samples": samples, "loss": loss, "seconds": seconds})
+    tensors = words | {THETA + name: t for name, t in theta.items()}
+    return Artefact(tensors, {"kept": kept, "samples": samples, "loss": loss, "seconds": seconds})

@@ -40,8 +40,8 @@ class Fit:
         batch_norm: of joint retraining. "per_ticket" statistics, "shared" ones, or "recalibrated": trained with shared
             ones, after which each ticket's are measured on one epoch of its own samples, weights as they are.
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
-        masked: "update": neither a pruned weight nor its optimiser state moves. "gradient": a pruned weight's gradient
-            is zero, and the optimiser does with it what it does, so that its momentum from other tickets' steps moves it.
+        masked: "update": neither a pruned weight nor its optimiser state moves. "gradient": its gradient is zero, and
+            the optimiser does with that what it does: momentum from other tickets' steps moves the weight.
         lr_schedule: "constant", or "cosine": from lr to zero over a round of extraction, or over joint retraining.
         augment: "none", or "crop_flip" for images (see `rtl.data.augment.crop_flip`).
 
@@ -135,9 +135,7 @@ def set_rate(optimizer: torch.optim.Optimizer, fit: Fit, done: float) -> None:
 Batch = Sequence[tuple[int, int, Tensor]]  # of each ticket in a step: mask, ticket, sample positions
 
 
-def step(
-    net: rk.nn.RoutedModel, optimizer: torch.optim.Optimizer, fit: Fit, parts: Partition, batch: Batch
-) -> Tensor:
+def step(net: rk.nn.RoutedModel, optimizer: torch.optim.Optimizer, fit: Fit, parts: Partition, batch: Batch) -> Tensor:
     """One optimiser step through m_k ⊙ θ for the tickets in `batch`; returns the mean loss (a detached scalar).
 
     Augmentation draws from torch's global generator. With untied weights every ticket's own mean loss is followed, as

@@ -22,8 +22,8 @@ COALESCE_SECONDS = 0.1  # a task that advances faster than this reports only now
 class Event:
     """Where one task stands. `task` is (process id, number of the task in that process).
 
-    Of the `done` steps `skipped` took no time, because an earlier run did them. A step is `unit` units of the whole work.
-    `whole`: this is that whole, counted in units.
+    Of the `done` steps `skipped` took no time, because an earlier run did them. A step is `unit` units of the whole
+    work; `whole` says that this is that whole, counted in units.
     """
 
     state: Literal["started", "running", "finished", "stopped"]
@@ -40,7 +40,7 @@ class Event:
     @property
     def left(self) -> float | None:
         """Seconds until it ends, at the pace so far; None while there is none."""
-        if not 0 < self.done - self.skipped or self.done > self.total:
+        if self.done <= self.skipped or self.done > self.total:
             return None
         return self.seconds / (self.done - self.skipped) * (self.total - self.done)
 
@@ -75,7 +75,14 @@ class Task:
         unit: int = 0,
         whole: bool = False,
     ) -> None:
-        self._show, self._task, self._label, self._total, self._unit, self._whole = show, task, label, total, unit, whole
+        self._show, self._task, self._label, self._total, self._unit, self._whole = (
+            show,
+            task,
+            label,
+            total,
+            unit,
+            whole,
+        )
         self._done, self._skipped, self._note = 0, 0, ""
         self._begun = self._shown = time.monotonic()
         self._report("started")
@@ -133,12 +140,14 @@ class Progress:
             self._display = _Lines(stream, every).show
 
     @contextmanager
-    def whole(self, label: str, total: int) -> Iterator[None]:
-        """All the work of the block as one task of `total` units, which its tasks (of this process and of workers) add to.
+    def whole(self, label: str, total: int, done: int = 0) -> Iterator[None]:
+        """All the work of the block as one task of `total` units, which its tasks (here and in workers) add to.
 
-        It says what is running and when everything ends. As plain lines the tasks then show only their first and last.
+        `done` units were done before, by tasks that do not come again. It says what is running and when everything
+        ends. As plain lines the tasks then show only their first and last.
         """
         with self.task(label, total, whole=True) as self._whole:
+            self._whole.skip(done)
             try:
                 yield
             finally:

@@ -117,9 +117,9 @@ def schedule(parts: Partition, subsets: list[int], fit: Fit, generator: torch.Ge
         yield from ([one] for one in turn) if fit.schedule == "sequential" else [turn]
 
 
-def retrained(tickets: TicketMasks, run: Run) -> bool:
-    """Whether `retrain` into this run would find its result there."""
-    return run.child(f"retrain/{tickets.sparsity:g}").done("network")
+def retrained(run: Run, sparsity: float) -> bool:
+    """Whether `retrain` into this run at this sparsity would find its result there."""
+    return run.child(f"retrain/{sparsity:g}").done("network")
 
 
 def presented(parts: Partition, subsets: list[int], fit: Fit) -> dict[int, int]:

@@ -78,5 +78,5 @@ def _vector_scaling(log_odds: Tensor, labels: Tensor) -> Tensor:
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return fitted.detach()

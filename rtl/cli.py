@@ -63,8 +63,14 @@ def _dispatch(arguments: list[str]) -> int:
     show.add_argument("--protocol", help="which of the recipe's protocols (default: its first)")
     run = commands.add_parser("run", help="run or resume a recipe", add_help=False)
     run.add_argument("recipe", nargs="?")
-    report = commands.add_parser("report", help="print a run's table", epilog="example: rtl report runs/digits")
-    report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    report = commands.add_parser(
+        "report",
+        help="print a run's table",
+        description="Print the table of a finished run, or of several of one recipe together, and write it with the "
+        "figures.",
+        epilog="example: rtl report runs/cifar10-quick runs/cifar10-paper --to results/cifar10 --into README.md",
+    )
+    report.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folder of a finished run; several: merged")
     report.add_argument("--to", type=Path, metavar="DIR", help="write table, figures, tickets there (default: RUN)")
     report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
     # The options of `run` are the recipe's own settings, which only the recipe knows.
@@ -85,8 +91,9 @@ def _ls() -> int:
     from rtl.recipes import RECIPES
 
     print("recipes:")
+    width = max(map(len, RECIPES)) + 2
     for name, recipe in RECIPES.items():
-        print(f"  {name:<10}{(recipe.__doc__ or '').strip()}")
+        print(f"  {name:<{width}}{(recipe.__doc__ or '').strip()}")
     runs = sorted(path.parent for path in Path("runs").glob("*/config.json"))
     print("runs:" if runs else "runs: none in ./runs yet; try: rtl run digits")
     for folder in runs:
@@ -121,7 +128,8 @@ def _run(name: str | None, arguments: list[str]) -> int:
     import tyro
 
     from rtl.recipes.classification import Classification, load, run_classification
-    from rtl.report import environment, write_results
+    from rtl.recipes.published import published
+    from rtl.report import environment, read_results, write_results
     from rtl.run import Run
 
     protocol = _value_of("--protocol", arguments)
@@ -164,10 +172,13 @@ def _run(name: str | None, arguments: list[str]) -> int:
             "recipe": name,
             "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
             "environment": environment(),
+            "published": published(name),
             "rows": rows,
         }
+        if (out / "table.json").exists() and (before := read_results(out)[0])["rows"] == rows:
+            table["environment"] = before["environment"]  # nothing was computed now
         write_results(out, table, details)
-    _print_table(rows)
+    _print_table(table)
     print(f"table, figures and every stage: {out}")
     return 0
 
@@ -195,34 +206,46 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _report(folder: Path, to: Path | None, into: Path | None) -> int:
-    from rtl.report import read_results, write_into, write_results
+def _report(folders: Sequence[Path], to: Path | None, into: Path | None) -> int:
+    from rtl.report import merged, read_results, write_into, write_results
     from rtl.run import write_atomically
 
-    table, details = read_results(folder)
-    write_results(to or folder, table, details)
+    if len(folders) > 1 and to is None:
+        raise InputError(f"RUN names {len(folders)} runs, which needs a folder for all of them: give --to DIR")
+    table, details = merged([read_results(folder) for folder in folders])
+    write_results(to or folders[0], table, details)
     if to is not None:
-        for file in [folder / "config.json", *sorted((folder / "tickets").glob("*/*"))]:
-            write_atomically(to / file.relative_to(folder), file.read_bytes())
+        for folder in reversed(folders):  # of tickets at one sparsity, the first run's stay
+            name = "config.json" if len(folders) == 1 else f"config-{folder.resolve().name}.json"
+            write_atomically(to / name, (folder / "config.json").read_bytes())
+            for file in sorted((folder / "tickets").glob("*/*")):
+                write_atomically(to / file.relative_to(folder), file.read_bytes())
     if into is not None:
         write_into(into, table)
     print(table["command"])
     print(json.dumps(table["environment"]))
-    _print_table(table["rows"])
-    print(f"written to {to or folder}")
+    _print_table(table)
+    print(f"written to {to or folders[0]}")
     return 0
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+def _print_table(results: dict[str, Any]) -> None:
+    from rtl.report import beside_published, summary
+
+    _print_lines("mean ± standard deviation over seeds", summary(results["rows"]))
+    compared = beside_published(results["rows"], results.get("published", ()))
+    if compared:
+        _print_lines("beside the paper, under its decision rule", compared)
+
+
+def _print_lines(title: str, lines: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rtl.report import summary
-
-    lines, console = summary(rows), Console()
+    console = Console()
     width = console.width if console.is_terminal else 200  # a pipe or a file has room for all columns
     for number, columns in enumerate(_blocks(lines, width)):
-        table = Table(title=None if number else "mean ± standard deviation over seeds")
+        table = Table(title=None if number else title)
         for column in columns:
             table.add_column(lines[0][column], justify="right" if column else "left", no_wrap=True)
         for line in lines[1:]:
@@ -233,13 +256,13 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 def _blocks(lines: Sequence[Sequence[str]], width: int) -> list[list[int]]:
     """Columns of the tables, each at most `width` wide where that can be, that show all of `lines` one below another.
 
-    Each begins with the first two columns, which say what a line is of.
+    Each begins with the first three columns, which say what a line is of.
     """
     takes = [max(len(line[column]) for line in lines) + 3 for column in range(len(lines[0]))]
     blocks: list[list[int]] = []
-    for column in range(2, len(takes)):
+    for column in range(3, len(takes)):
         if not blocks or sum(takes[c] for c in [*blocks[-1], column]) + 1 > width:
-            blocks.append([0, 1])
+            blocks.append([0, 1, 2])
         blocks[-1].append(column)
     return blocks
 

@@ -287,8 +287,8 @@ def _extract_batched(extraction: Extraction) -> None:
                 seconds = (time.perf_counter() - began) / len(parts)
                 for ticket in tickets:
                     weights = {layer: m.weight.detach()[ticket] for layer, m in net.masked_modules().items()}
-                    masks = {layer: bank.dense(ticket) for layer, bank in survivors.items()}
-                    masks = prune(weights, masks, keep, plan.scope)
+                    alive = {layer: bank.dense(ticket) for layer, bank in survivors.items()}
+                    masks = prune(weights, alive, keep, plan.scope)
                     theta = {name: t[ticket] for name, t in trained.items()}
                     artefact = _artefact(masks, theta, keep, samples[ticket], loss, seconds)
                     run.save(extraction.key(ticket, number), artefact)

@@ -148,7 +148,7 @@ def _recalibrate(net: rk.nn.RoutedModel, parts: Partition, batches: Iterator[Bat
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # type: ignore[assignment]  # of torch.nn.BatchNorm2d: a cumulative mean
+        norm.momentum = None  # of torch.nn.BatchNorm2d: a cumulative mean
         norm.train()
     for batch in batches:
         masks = torch.cat([torch.full((len(index),), mask) for mask, _, index in batch])

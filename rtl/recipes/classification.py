@@ -129,7 +129,7 @@ class Classification:
         return PrunePlan(self.remove, until, tuple(levels), self.scope, self.trained)
 
     def switched(self, switch: str) -> Classification:
-        """These settings with one changed, given as NAME=VALUE. Raises InputError if that is none or changes nothing."""
+        """These settings with one changed, given as NAME=VALUE. Raises InputError if it is none or changes nothing."""
         name, equals, value = switch.partition("=")
         possible = sorted({setting for settings in DEPENDS_ON.values() for setting in settings})
         if not equals or name not in possible or name in (*_DATA, "milestones"):
@@ -141,7 +141,8 @@ class Classification:
             raise InputError(f"switches holds {switch!r}, but {name} is a number") from None
         if after == before:
             raise InputError(f"switches holds {switch!r}, which {name} is anyway")
-        return dataclasses.replace(self, switches=(), **{name: after})
+        changed: dict[str, Any] = {name: after}
+        return dataclasses.replace(self, switches=(), **changed)
 
     def variant(self, method: Method) -> str:
         """What differs from the protocol's own settings for a method, as the results' "variant" says it.

@@ -167,7 +167,7 @@ class Retrained:
     buffers: Sequence[dict[str, Tensor]]
 
     @torch.no_grad()
-    def scores(self, data: Data, multi_class: bool, batch_size: int = 512) -> Tensor:
+    def scores(self, data: Data, multi_class: bool, batch_size: int = 64) -> Tensor:
         """(N, C): softmax of a multi-class network, or sigmoid of each ticket's own logit."""
         parts = []
         for index in torch.arange(len(data)).split(batch_size):
@@ -295,7 +295,7 @@ def profile(config: Classification, train: Data, test: Data, sparsity: float = 0
             work = _evaluated(net, parts, test) if what == "evaluation" else _trained(net, config, parts, what)
             for _ in range(3):
                 next(work)
-            tables[what] = _sorted_time(net, [parts.data, test], work, steps)
+            tables[what] = _sorted_time(net, work, steps)
     finally:
         torch.set_num_threads(threads)
     return tables
@@ -319,15 +319,15 @@ def _trained(net: rk.nn.RoutedModel, config: Classification, parts: Partition, w
 def _evaluated(net: rk.nn.RoutedModel, parts: Partition, test: Data) -> Iterator[int]:
     tickets = TicketNetwork(net.eval(), parts.names, range(len(parts)), "one_vs_rest", 0.5)
     while True:
-        for index in torch.arange(len(test)).split(512):
+        for index in torch.arange(len(test)).split(512 // len(parts)):  # as rtl.evaluate does
             with torch.no_grad():
                 tickets.every(test.batch(index)[0])
             yield len(index) * len(parts)
 
 
 @contextmanager
-def _labelled(net: rk.nn.RoutedModel, data: Sequence[Data]) -> Iterator[None]:
-    """Mark reading of these data and the model's forward pass in the profile."""
+def _labelled(net: rk.nn.RoutedModel) -> Iterator[None]:
+    """Mark reading of data, the model's forward pass and its batch norms' in the profile."""
     running: list[Any] = []
     original = Data.batch
 
@@ -335,14 +335,16 @@ def _labelled(net: rk.nn.RoutedModel, data: Sequence[Data]) -> Iterator[None]:
         with torch.profiler.record_function("part: data"):
             return original(self, index)
 
-    def enter(*_: Any) -> None:
-        running.append(torch.profiler.record_function("part: forward"))
+    def enter(module: nn.Module, *_: Any) -> None:
+        norm = isinstance(module, nn.BatchNorm2d)
+        running.append(torch.profiler.record_function("part: batch_norm" if norm else "part: forward"))
         running[-1].__enter__()
 
     def leave(*_: Any) -> None:
         running.pop().__exit__(None, None, None)
 
-    hooks = [net.register_forward_pre_hook(enter), net.register_forward_hook(leave)]
+    marked = [net, *(module for module in net.modules() if isinstance(module, nn.BatchNorm2d))]
+    hooks = [hook for m in marked for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     Data.batch = batch  # type: ignore[method-assign]
     try:
         yield
@@ -352,8 +354,8 @@ def _labelled(net: rk.nn.RoutedModel, data: Sequence[Data]) -> Iterator[None]:
             hook.remove()
 
 
-def _sorted_time(net: rk.nn.RoutedModel, data: Sequence[Data], work: Iterator[int], steps: int) -> dict[str, Any]:
-    with _labelled(net, data):
+def _sorted_time(net: rk.nn.RoutedModel, work: Iterator[int], steps: int) -> dict[str, Any]:
+    with _labelled(net):
         began = time.perf_counter()
         unprofiled = sum(next(work) for _ in range(steps))
         plain_seconds = time.perf_counter() - began

@@ -10,7 +10,7 @@ samples of the test set; a class that is never predicted has precision 0, one wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,7 +36,7 @@ def evaluate(
     net: TicketNetwork | Sequence[TicketNetwork],
     test: Data | Partition,
     *,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     calibration: Calibration | None = None,
 ) -> Evaluation:
     """Metrics of a network of tickets, or of several networks with one ticket each (IMP multiple), on test data.
@@ -46,7 +46,8 @@ def evaluate(
             tickets that each predict in their own subset (multi-class or regression), which needs a Partition.
         test: samples. With `Data`, label k belongs to the ticket that learnt subset k; a `Partition` says which subset
             each sample is of (-1 belongs to none: a negative for every ticket, left out of accuracy).
-        batch_size: samples a forward pass sees.
+        batch_size: samples a forward pass sees. None: so many that all tickets together compute 512 rows, which stay in
+            a processor's cache (for ten tickets that took half the time of 5,120 rows).
         calibration: of these networks' scores (`rtl.calibrate`), for classes; None: scores as they are.
 
     Raises:
@@ -72,7 +73,7 @@ def evaluate(
     return Evaluation({"mse": float((output - data.targets).square().mean())})
 
 
-def log_odds(net: TicketNetwork | Sequence[TicketNetwork], data: Data, *, batch_size: int = 512) -> Tensor:
+def log_odds(net: TicketNetwork | Sequence[TicketNetwork], data: Data, *, batch_size: int | None = None) -> Tensor:
     """log p / (1 − p) of every class for every sample, (N, C): what `rtl.calibrate.calibrate` takes.
 
     Arguments as for `evaluate`, which scores samples by the same numbers. Raises InputError for a task without classes.
@@ -83,6 +84,10 @@ def log_odds(net: TicketNetwork | Sequence[TicketNetwork], data: Data, *, batch_
     if nets[0].task != "multi_class" or len(nets) > 1:
         raise InputError(f"net is {len(nets)} networks of task {nets[0].task!r}, expected tickets, or one multi_class")
     return _class_log_odds(_routed_output(nets[0], data, None, batch_size))
+
+
+def _batches(data: Data, batch_size: int | None, tickets: int) -> Iterator[Tensor]:
+    yield from torch.arange(len(data)).split(batch_size or max(16, 512 // tickets))
 
 
 def _calibrated(calibration: Calibration, log_odds: Tensor, labels: np.ndarray) -> Evaluation:
@@ -102,18 +107,18 @@ def _ticket_logits(nets: Sequence[TicketNetwork], data: Data, batch_size: int) -
     return torch.cat([ticket_logits(one, data, batch_size) for one in nets], 1)[:, np.argsort(outputs)]
 
 
-def ticket_scores(net: TicketNetwork, data: Data, batch_size: int = 512) -> Tensor:
+def ticket_scores(net: TicketNetwork, data: Data, batch_size: int | None = None) -> Tensor:
     """Every one-vs-rest ticket's score for every sample: probabilities (N, K) in the order of `net.names`."""
     return ticket_logits(net, data, batch_size).sigmoid()
 
 
 @torch.no_grad()
-def ticket_logits(net: TicketNetwork, data: Data, batch_size: int = 512) -> Tensor:
+def ticket_logits(net: TicketNetwork, data: Data, batch_size: int | None = None) -> Tensor:
     """Every one-vs-rest ticket's logit for every sample, (N, K) in the order of `net.names`."""
     net.eval()
     outputs = torch.tensor(net.outputs)
     parts = []
-    for index in torch.arange(len(data)).split(batch_size):
+    for index in _batches(data, batch_size, len(net.names)):
         logits = net.every(data.batch(index)[0])  # (K, B, C)
         own = logits.gather(2, outputs[:, None, None].expand(-1, len(index), 1)).squeeze(2)
         parts.append(own.T)
@@ -133,8 +138,7 @@ def _routed_output(net: TicketNetwork, data: Data, index: Tensor | None, batch_s
     if unknown:
         raise InputError(f"test holds samples of subset {unknown[0]}, which no ticket stands for")
     masks = torch.tensor([mask[int(i)] for i in index])
-    batches = torch.arange(len(data)).split(batch_size)
-    return torch.cat([net(data.batch(batch)[0], masks[batch]) for batch in batches])
+    return torch.cat([net(data.batch(batch)[0], masks[batch]) for batch in _batches(data, batch_size, 1)])
 
 
 def classification_metrics(scores: np.ndarray, labels: np.ndarray, ranking: np.ndarray | None = None) -> Evaluation:

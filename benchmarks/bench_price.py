@@ -167,7 +167,7 @@ class Retrained:
     buffers: Sequence[dict[str, Tensor]]
 
     @torch.no_grad()
-    def scores(self, data: Data, multi_class: bool, batch_size: int = 64) -> Tensor:
+    def scores(self, data: Data, multi_class: bool, batch_size: int = 512) -> Tensor:
         """(N, C): softmax of a multi-class network, or sigmoid of each ticket's own logit."""
         parts = []
         for index in torch.arange(len(data)).split(batch_size):

@@ -190,13 +190,14 @@ class Extraction:
         if kept == self.prunable:
             return theta0
         number = self.rounds.index(kept)
-        tickets = range(len(self.parts)) if ticket is None else [ticket]
-        found = [self.run.load(self.key(k, number)).tensors for k in tickets]
+        if ticket is not None:
+            found = self.run.load(self.key(ticket, number)).tensors
+            return {name: found[THETA + name] for name in theta0}
+        every = [self.run.load(self.key(k, number)).tensors for k in range(len(self.parts))]
         for name, start in theta0.items():
-            if not start.is_floating_point():  # counters
-                continue
-            moves = torch.stack([tensors[f"{THETA}{name}"] - start for tensors in found])
-            theta0[name] = start + moves.sum(0) / (moves != 0).sum(0).clamp(min=1)
+            if start.is_floating_point():  # counters stay
+                moves = torch.stack([tensors[THETA + name] - start for tensors in every])
+                theta0[name] = start + moves.sum(0) / (moves != 0).sum(0).clamp(min=1)
         return theta0
 
     def tickets(self) -> Tickets:
@@ -263,7 +264,9 @@ def _extract_batched(extraction: Extraction) -> None:
     """Algorithm 1 for all k at once: one batch holds a batch of every subset, and every ticket has its own weights."""
     run, plan, fit, parts = extraction.run, extraction.plan, extraction.fit, extraction.parts
     net = rk.nn.untie(masked_copy(extraction.model, len(parts), "per_ticket", True))
-    theta0, rounds, tickets, survivors = state(net), extraction.rounds, range(len(parts)), net.banks
+    theta0, rounds, tickets = state(net), extraction.rounds, range(len(parts))
+    survivors = {layer: bank for layer, bank in net.banks.items() if layer in extraction.ones}
+    untouched = {layer: bank for layer, bank in net.banks.items() if layer not in extraction.ones}  # masks by `untie`
     with run.track("all tickets", len(rounds) * fit.epochs, sum(extraction.epoch_samples)) as progress:
         for number, keep in enumerate(rounds):
             if all(run.done(extraction.key(ticket, number)) for ticket in tickets):
@@ -298,7 +301,7 @@ def _extract_batched(extraction: Extraction) -> None:
                 for layer, bank in survivors.items()
             }
             if plan.trained == "masked":
-                net.banks = survivors
+                net.banks = survivors | untouched
 
 
 def _side_by_side(parts: Partition, batches: Sequence[Sequence[Tensor]]) -> list[Batch]:

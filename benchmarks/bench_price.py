@@ -76,6 +76,7 @@ class Plain:
     fit: Fit
     round_epochs: int
     retrain_epochs: int
+    run: Run  # whose seed decides who is presented when, as it does for ours
 
     def prunable(self) -> list[str]:
         """Names of the masked weights."""
@@ -84,10 +85,10 @@ class Plain:
 
     def extract(self, ticket: int) -> dict[float, dict[str, Tensor]]:
         """A ticket's masks at every level."""
-        generator = torch.Generator().manual_seed(ticket)
         masks = {name: torch.ones_like(self.model.get_parameter(name)) for name in self.prunable()}
         found = {}
-        for keep in self.rounds:
+        for number, keep in enumerate(self.rounds):
+            generator = self.run.generator("extract", self.parts.names[ticket], number)
             model = copy.deepcopy(self.model).train()
             optimizer = torch.optim.Adam(model.parameters(), lr=self.fit.lr)
             with torch.no_grad():
@@ -108,7 +109,7 @@ class Plain:
                     optimizer.step()
             weights = {name: model.get_parameter(name).detach() for name in masks}
             kept = prune(weights, {name: mask.bool() for name, mask in masks.items()}, keep)
-            masks = {name: mask.float().to(weights[name].dtype) for name, mask in kept.items()}
+            masks = {name: mask.to(weights[name].dtype) for name, mask in kept.items()}
             found |= {level: masks for level, count in self.levels.items() if count == keep}
         return found
 
@@ -118,8 +119,8 @@ class Plain:
         model = copy.deepcopy(self.model).train()
         buffers = [{name: t.clone() for name, t in model.named_buffers()} for _ in masks]
         optimizer = torch.optim.Adam(model.parameters(), lr=self.fit.lr)
-        generator = torch.Generator().manual_seed(len(masks))
-        for _ in range(self.retrain_epochs):
+        for epoch in range(self.retrain_epochs):
+            generator = self.run.generator("retrain", *self.parts.names, epoch)
             for batch in schedule(self.parts, list(range(len(masks))), self.fit, generator):
                 for k, _, index in batch:
                     self._masked_step(model, masks[k], buffers[k], optimizer, k, index)
@@ -252,6 +253,7 @@ def plain(config: Classification, train: Data, run: Run, single: bool) -> Plain:
         fit,
         config.round_epochs * fit.epochs,
         config.retrain_epochs * fit.epochs,
+        run,
     )
 
 

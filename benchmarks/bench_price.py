@@ -54,7 +54,7 @@ from rtl.progress import Progress
 from rtl.recipes import Classification, recipe
 from rtl.recipes.classification import load, new_model, run_classification
 from rtl.report import environment, markdown
-from rtl.retrain import schedule
+from rtl.retrain import presented, schedule
 from rtl.run import Run, write_atomically
 from rtl.tickets import TicketNetwork
 
@@ -242,17 +242,21 @@ def measure(name: str, config: Classification, train: Data, test: Data, workers:
 
 def plain(config: Classification, train: Data, run: Run, single: bool) -> Plain:
     """The recipe's rounds for the plain contender."""
-    model = new_model(config, train, run)
+    model, parts = new_model(config, train, run), by_label(train)
     prunable = _prunable(model)
     fit = config.fit("imp_single" if single else "rtl", 1)  # a single model has no negatives: two epochs for one
+    epochs = config.retrain_epochs
+    if single:  # as many samples as joint retraining presents, which repeats the batches of small subsets
+        wanted = presented(parts, list(range(len(parts))), config.fit("rtl", 1))
+        epochs = max(1, round(epochs * sum(wanted.values()) / len(train)))
     return Plain(
         model,
-        whole(train) if single else by_label(train),
+        whole(train) if single else parts,
         config.plan.rounds(prunable),
         {level: kept_at(prunable, level) for level in config.sparsities},
         fit,
         config.round_epochs * fit.epochs,
-        config.retrain_epochs * fit.epochs,
+        epochs,
         run,
     )
 

@@ -101,7 +101,7 @@ def _class_log_odds(logits: Tensor) -> Tensor:
     return logits - logits[:, None, :].masked_fill(others, -torch.inf).logsumexp(2)
 
 
-def _ticket_logits(nets: Sequence[TicketNetwork], data: Data, batch_size: int) -> Tensor:
+def _ticket_logits(nets: Sequence[TicketNetwork], data: Data, batch_size: int | None) -> Tensor:
     """Of all tickets of all networks, (N, K) by rising output."""
     outputs = [output for one in nets for output in one.outputs]
     return torch.cat([ticket_logits(one, data, batch_size) for one in nets], 1)[:, np.argsort(outputs)]
@@ -126,7 +126,7 @@ def ticket_logits(net: TicketNetwork, data: Data, batch_size: int | None = None)
 
 
 @torch.no_grad()
-def _routed_output(net: TicketNetwork, data: Data, index: Tensor | None, batch_size: int) -> Tensor:
+def _routed_output(net: TicketNetwork, data: Data, index: Tensor | None, batch_size: int | None) -> Tensor:
     """Each sample through the ticket of its subset."""
     net.eval()
     if index is None:

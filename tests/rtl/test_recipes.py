@@ -501,3 +501,28 @@ def test_the_whole_run_is_announced_and_ends_complete(unequal, tmp_path):
     stream.truncate(0)
     run_classification(config, run, *data)  # everything is loaded
     assert [line for line in stream.getvalue().splitlines() if line.startswith("digits: finished 100.0%")]
+
+
+# A few of the real images
+
+
+@pytest.mark.parametrize("name", ["cifar100", "cifar10-switches", "cifar10-tuned"])
+def test_the_recipes_of_real_images_run_on_a_few_of_them(tmp_path, name):
+    config = recipe(name)
+    root = os.environ.get("RTL_DATA")
+    if not root or not (Path(root) / config.dataset).is_dir():
+        pytest.skip(f"needs {config.dataset}: set RTL_DATA to a data root that holds it")
+    config = dataclasses.replace(config, train_files=1, sparsities=(0.5,), remove=62_916, round_epochs=1)
+    config = dataclasses.replace(config, retrain_epochs=1, methods=config.methods[:2], batch_size=64)
+    config = dataclasses.replace(config, switches=config.switches and ("batch_norm=recalibrated", "scope=layer"))
+    train, test = (
+        data.select(torch.cat([(data.targets == k).nonzero().flatten()[:5] for k in range(len(data.class_names))]))
+        for data in load(config, None)
+    )
+    found, details = run_classification(config, quiet(tmp_path), train, test)
+    assert {row["method"] for row in found} == set(config.methods)
+    assert len(found) == len(config.methods) + len(config.switches)
+    for row in found:
+        assert row["params"] == (62_916 if row["method"] == "imp_single" else pytest.approx(75_000, abs=12_084))
+        assert all(0 <= value <= 1 for value in row["metrics"].values())
+    assert details["class_names"] == (tuple(clusters("cifar100")) if name == "cifar100" else train.class_names)

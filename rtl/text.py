@@ -21,8 +21,8 @@ def wordllama(texts: Sequence[str]) -> np.ndarray:
     """
     try:
         import wordllama as package
-    except ImportError:
-        raise InputError(f"encoder is 'wordllama', which is not installed: {_INSTALL}, or take 'ngrams'") from None
+    except ImportError as error:
+        raise InputError(f"encoder is 'wordllama', but {error}: {_INSTALL}, or take 'ngrams'") from error
     # The wheel holds weights and tokenizer, but looks for the latter under another name, unless this is its cache.
     here = Path(package.__file__).parent
     vectors: np.ndarray = package.WordLlama.load(cache_dir=here, disable_download=True).embed(list(texts))
@@ -68,8 +68,8 @@ def umap(vectors: np.ndarray, dimensions: int, neighbors: int, seed: int) -> np.
     """
     try:
         from umap import UMAP
-    except ImportError:
-        raise InputError(f"dimensions is {dimensions}, which needs UMAP: {_INSTALL}, or give None") from None
+    except ImportError as error:
+        raise InputError(f"dimensions is {dimensions}, but {error}: {_INSTALL}, or give None") from error
     model = UMAP(
         n_components=dimensions, n_neighbors=neighbors, min_dist=0.0, metric="cosine", random_state=seed, n_jobs=1
     )

@@ -92,11 +92,17 @@ def _dispatch(arguments: list[str]) -> int:
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     report.add_argument(
+        "--merge",
+        action="store_true",
+        help="make one run's results of several runs of a recipe, in --to: rtl report runs/quick runs/paper --merge "
+        "--to results/cifar10",
+    )
+    report.add_argument(
         "--to",
         type=Path,
         metavar="DIR",
-        help="write there: of one run everything to keep (table, figures, page, tickets); of several the page "
-        "(default: the first RUN)",
+        help="write there: of one run, or merged, everything to keep (table, figures, page, tickets); of several the "
+        "page (default: the first RUN)",
     )
     report.add_argument(
         "--into", type=Path, metavar="FILE", help="put the tables between their marks in a Markdown file"
@@ -138,7 +144,7 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command == "show":
         return _show(options.recipe, options.protocol)
     if options.command == "report":
-        return _report(options.runs, options.to, options.into, options.semantics)
+        return _report(options.runs, options.merge, options.to, options.into, options.semantics)
     if options.command == "watch":
         from rtl.watch import watch as follow
 
@@ -152,8 +158,9 @@ def _ls() -> int:
     from rtl.recipes import RECIPES
 
     print("recipes:")
+    width = max(map(len, RECIPES)) + 2
     for name, recipe in RECIPES.items():
-        print(f"  {name:<10}{(recipe.__doc__ or '').strip()}")
+        print(f"  {name:<{width}}{(recipe.__doc__ or '').strip()}")
     runs = sorted(path.parent for path in Path("runs").glob("*/config.json"))
     print("runs:" if runs else "runs: none in ./runs yet; try: rtl run digits")
     for folder in runs:
@@ -189,7 +196,8 @@ def _run(name: str | None, arguments: list[str]) -> int:
 
     from rtl.page import write_page
     from rtl.recipes.classification import Classification, load, run_classification
-    from rtl.report import environment, write_results
+    from rtl.recipes.published import published
+    from rtl.report import environment, read_results, write_results
     from rtl.run import Run
 
     protocol = _value_of("--protocol", arguments)
@@ -234,11 +242,14 @@ def _run(name: str | None, arguments: list[str]) -> int:
             "recipe": name,
             "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
             "environment": environment(),
+            "published": published(name),
             "rows": rows,
         }
+        if (out / "table.json").exists() and (before := read_results(out)[0])["rows"] == rows:
+            table["environment"] = before["environment"]  # nothing was computed now
         write_results(out, table, details)
         write_page([out], out / "report.html")
-    _print_table(rows)
+    _print_table(table)
     print(f"to look at: {out / 'report.html'}\ntable, figures and every stage: {out}")
     return 0
 
@@ -274,37 +285,44 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _report(folders: Sequence[Path], to: Path | None, into: Path | None, semantics: Path | None) -> int:
+def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | None, semantics: Path | None) -> int:
     from rtl.page import write_page
-    from rtl.report import read_results, with_semantics, write_into, write_results
+    from rtl.report import merged, read_results, with_semantics, write_into, write_results
 
     found = [read_results(folder) for folder in folders]
+    if merge:
+        if to is None:
+            raise InputError(f"merge makes one run of {len(folders)}, which needs a folder: give --to DIR")
+        found = [merged(found)]
     if semantics is not None:
         found = [(table, with_semantics(details, semantics)) for table, details in found]
-    alone = to if to is not None and len(folders) == 1 else None
-    for folder, (table, details) in zip(folders, found, strict=True):
-        if alone is not None:
-            _copy(folder, alone)
-        write_results(alone or folder, table, details)
+    whole = to if merge or len(folders) == 1 else None
+    if whole is not None:
+        for folder in reversed(folders):  # of what two runs have, tickets at one sparsity, the first run's stay
+            config = "config.json" if len(folders) == 1 else f"config-{folder.resolve().name}.json"
+            _copy(folder, whole, config)
+    for folder, (table, details) in zip(folders, found, strict=False):  # merged, there is one
+        write_results(whole or folder, table, details)
         if into is not None:
             write_into(into, table)
         print(table["command"])
         print(json.dumps(table["environment"]))
-        _print_table(table["rows"])
+        _print_table(table)
     page = (to or folders[0]) / "report.html"
-    write_page([alone] if alone is not None else folders, page)
-    print(f"written: {page}{'' if len(folders) > 1 else ', with table and figures beside it'}")
+    write_page([whole] if whole is not None else folders, page)
+    print(f"written: {page}{', with table and figures beside it' if len(found) == 1 else ''}")
     return 0
 
 
-def _copy(folder: Path, to: Path) -> None:
-    """What a report is made from, besides the results, to another folder."""
+def _copy(folder: Path, to: Path, config: str) -> None:
+    """What a report is made from, besides the results, to another folder; config.json under the name `config`."""
     from rtl.run import write_atomically
 
     kept = [folder / "config.json", *sorted((folder / "tickets").glob("*/*")), *sorted((folder / "media").rglob("*"))]
     for file in kept:
         if file.is_file():
-            write_atomically(to / file.relative_to(folder), file.read_bytes())
+            name = config if file == kept[0] else file.relative_to(folder)
+            write_atomically(to / name, file.read_bytes())
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -326,16 +344,23 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+def _print_table(results: dict[str, Any]) -> None:
+    from rtl.report import beside_published, summary
+
+    _print_lines("mean ± standard deviation over seeds", summary(results["rows"]))
+    compared = beside_published(results["rows"], results.get("published", ()))
+    if compared:
+        _print_lines("beside the paper, under its decision rule", compared)
+
+
+def _print_lines(title: str, lines: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rtl.report import summary
-
-    lines, console = summary(rows), Console()
+    console = Console()
     width = console.width if console.is_terminal else 200  # a pipe or a file has room for all columns
     for number, columns in enumerate(_blocks(lines, width)):
-        table = Table(title=None if number else "mean ± standard deviation over seeds")
+        table = Table(title=None if number else title)
         for column in columns:
             table.add_column(lines[0][column], justify="right" if column else "left", no_wrap=True)
         for line in lines[1:]:
@@ -346,13 +371,13 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 def _blocks(lines: Sequence[Sequence[str]], width: int) -> list[list[int]]:
     """Columns of the tables, each at most `width` wide where that can be, that show all of `lines` one below another.
 
-    Each begins with the first two columns, which say what a line is of.
+    Each begins with the first three columns, which say what a line is of.
     """
     takes = [max(len(line[column]) for line in lines) + 3 for column in range(len(lines[0]))]
     blocks: list[list[int]] = []
-    for column in range(2, len(takes)):
+    for column in range(3, len(takes)):
         if not blocks or sum(takes[c] for c in [*blocks[-1], column]) + 1 > width:
-            blocks.append([0, 1])
+            blocks.append([0, 1, 2])
         blocks[-1].append(column)
     return blocks
 

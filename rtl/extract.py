@@ -13,7 +13,6 @@ collapse (`rtl.collapse`); on request they stop there.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 import warnings
@@ -27,13 +26,19 @@ import rtl_kernels as rk
 from rtl.collapse import Alarm, CollapseWarning, alarms
 from rtl.curve import Curve
 from rtl.errors import InputError
-from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, rewind, split, state, step
+from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, rewind, set_rate, split, state, step
 from rtl.partition import Partition
 from rtl.run import Artefact, Run, slug
 from rtl.tickets import TicketMasks, Tickets
 from rtl.workers import global_seed
 
+SCOPES = ("global", "layer")
+TRAINED = ("masked", "dense")
+
+THETA = "theta/"  # before the names of weights in a round's artefact, beside the masks' words by layer
+
 Masks = Mapping[str, Tensor]  # one ticket's, by layer: bool of the weight's shape
+Banks = dict[str, rk.MaskBank]  # by layer
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,21 @@ class PrunePlan:
         report_at: sparsities whose masks are kept; None: the target alone.
         stop_on_collapse: stop a ticket at its collapse alarm (`rtl.collapse`): levels beyond keep its last good masks.
             Tickets then wait for one another after every round.
+        scope: "global": the smallest weights of all layers together go; "layer": of every layer the same share.
+        trained: what a round trains: the "masked" network f(·; m_k ⊙ θ), or the "dense" one f(·; θ), of whose weights
+            only the surviving ones are then compared.
 
     Raises:
-        InputError: `remove` is neither a count >= 1 nor a fraction in (0, 1), or a sparsity is outside [0, 1).
+        InputError: `remove` is neither a count >= 1 nor a fraction in (0, 1), a sparsity is outside [0, 1), or another
+            value is none of the above.
     """
 
     remove: int | float = 4096
     until: float = 0.75
     report_at: tuple[float, ...] | None = None
     stop_on_collapse: bool = False
+    scope: str = "global"
+    trained: str = "masked"
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -64,6 +75,9 @@ class PrunePlan:
             raise InputError(
                 f"remove is {self.remove}, expected a number of weights (1 or more) or a fraction in (0, 1)"
             )
+        for name, known in (("scope", SCOPES), ("trained", TRAINED)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name, values in (("until", [self.until]), ("report_at", self.levels)):
             for value in values:
                 if not 0 <= value < 1:
@@ -137,15 +151,16 @@ class Extraction:
         self.rounds = plan.rounds(self.prunable)
         self.reported = {kept_at(self.prunable, level) for level in plan.levels}
         # What the task refuses, it refuses before anything is written.
-        epoch = {k: split(fit.task.draw(parts, k, torch.Generator()), fit.batch_size) for k in range(len(parts))}
+        drawn = {k: fit.task.draw(parts, k, torch.Generator()) for k in range(len(parts))}
         if batched:
-            _side_by_side(parts, epoch)
+            _side_by_side(parts, {k: split(order, fit.batch_size) for k, order in drawn.items()})
+        self.epoch_samples = [len(order) for order in drawn.values()]  # of each ticket
         self.model, self.parts, self.plan, self.fit = model, parts, plan, fit
         self.run = run.child("extract")
         self.run.configure(
             {
                 "plan": plan,
-                "fit": dataclasses.asdict(fit) | {"task": fit.task.name},
+                "fit": fit.described_for_extraction(),
                 "subsets": parts.counts(),
                 "data": parts.fingerprint,
                 "theta0": digest(model.state_dict()),
@@ -189,6 +204,53 @@ class Extraction:
         if not self.plan.stop_on_collapse or not any(histories):
             return {}
         return {alarm.ticket: alarm for alarm in alarms(self.curve(histories))}
+
+    @property
+    def samples(self) -> int:
+        """Samples that all rounds of all tickets together present, if none stops at its collapse alarm."""
+        return len(self.rounds) * self.fit.epochs * sum(self.epoch_samples)
+
+    @property
+    def finished_samples(self) -> int:
+        """Of those, what does not come again: rounds of tickets without rounds left to do, or that wait each round."""
+        count = 0
+        for k, samples in enumerate(self.epoch_samples):
+            done = sum(self.run.done(self.key(k, number)) for number in range(len(self.rounds)))
+            if done == len(self.rounds) or self.waits:
+                count += done * self.fit.epochs * samples
+        return count
+
+    @property
+    def waits(self) -> bool:
+        """Whether its tickets wait for one another after every round, because some may have to stop."""
+        return self.plan.stop_on_collapse and len(self.parts) > 1
+
+    def weights_at(self, level: float, ticket: int | None = None) -> dict[str, Tensor]:
+        """The dense model's state at the end of the round that gave the masks at a reported sparsity.
+
+        Args:
+            level: the sparsity.
+            ticket: whose; None: of all, every number moved from θ0 by the mean of the moves of the tickets that moved
+                it at all. A pruned weight, and what belongs to another ticket's logit, does not move.
+
+        Raises InputError if tickets may have stopped before that round.
+        """
+        if self.plan.stop_on_collapse:
+            raise InputError("stop_on_collapse is True, but a ticket that stopped has no weights of a later round")
+        theta0 = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        kept = kept_at(self.prunable, level)
+        if kept == self.prunable:
+            return theta0
+        number = self.rounds.index(kept)
+        if ticket is not None:
+            found = self.run.load(self.key(ticket, number)).tensors
+            return {name: found[THETA + name] for name in theta0}
+        every = [self.run.load(self.key(k, number)).tensors for k in range(len(self.parts))]
+        for name, start in theta0.items():
+            if start.is_floating_point():  # counters stay
+                moves = torch.stack([tensors[THETA + name] - start for tensors in every])
+                theta0[name] = start + moves.sum(0) / (moves != 0).sum(0).clamp(min=1)
+        return theta0
 
     def tickets(self) -> Tickets:
         """The finished masks at every reported sparsity."""
@@ -255,7 +317,7 @@ class Extraction:
 
 def extract_all(extractions: Sequence[Extraction], run: Run) -> None:
     """Bring several extractions to their end, all their tickets handed to the same workers."""
-    together = [e for e in extractions if e.plan.stop_on_collapse and len(e.parts) > 1]
+    together = [e for e in extractions if e.waits]
     alone = [e for e in extractions if e not in together]
     jobs = [(e, ticket, range(len(e.rounds))) for e in alone for ticket in e.unfinished()]
     _extract_tickets(jobs, run)
@@ -281,48 +343,58 @@ def _extract_tickets(jobs: Sequence[tuple[Extraction, int, range]], run: Run) ->
 def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, int, range]) -> None:
     """Algorithm 1 for one k: the subsets are independent of one another within a round, and so over all rounds."""
     extraction, ticket, numbers = extractions[job[0]], job[1], job[2]
-    run, fit, parts = extraction.run, extraction.fit, extraction.parts
+    run, plan, fit, parts = extraction.run, extraction.plan, extraction.fit, extraction.parts
     net = masked_copy(extraction.model, 1, "shared")
-    theta0, rounds, name = state(net), extraction.rounds, parts.names[ticket]
+    theta0, rounds, name, survivors = state(net), extraction.rounds, parts.names[ticket], net.banks
     if numbers.start:
-        net.banks = extraction._banks([run.load(extraction.key(ticket, numbers.start - 1))])
-    with run.track(name, len(numbers) * fit.epochs) as progress:
+        survivors = extraction._banks([run.load(extraction.key(ticket, numbers.start - 1))])
+    with run.track(name, len(numbers) * fit.epochs, extraction.epoch_samples[ticket]) as progress:
         for number in numbers:
+            if plan.trained == "masked":
+                net.banks = survivors
 
-            def one_round(number: int = number, keep: int = rounds[number]) -> Artefact:
+            def one_round(number: int = number, keep: int = rounds[number], survivors: Banks = survivors) -> Artefact:
                 began, samples, loss, stages = time.perf_counter(), 0, 0.0, []
                 rewind(net, theta0)  # θ ← θ0
                 optimizer, generator = new_optimizer(net, fit), run.generator("extract", name, number)
                 net.train()
-                for _ in range(fit.epochs):  # train f(·; m_k ⊙ θ) on D_k
+                for epoch in range(fit.epochs):  # train f(·; m_k ⊙ θ) on D_k
                     order = fit.task.draw(parts, ticket, generator)
-                    for index in split(order, fit.batch_size):
-                        loss = float(step(net, optimizer, fit.task, parts, [(0, ticket, index)]))
+                    batches = split(order, fit.batch_size)
+                    for m, index in enumerate(batches):
+                        set_rate(optimizer, fit, (epoch + m / len(batches)) / fit.epochs)
+                        loss = float(step(net, optimizer, fit, parts, [(0, ticket, index)]))
                     samples += len(order)
                     if keep in extraction.reported:
-                        stages.append(pruned(net, 0, keep))
+                        stages.append(pruned(net, 0, survivors, keep, plan.scope))
                     progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
-                return _artefact(pruned(net, 0, keep), stages, keep, samples, loss, time.perf_counter() - began)
+                masks = pruned(net, 0, survivors, keep, plan.scope)
+                theta = state(net) if keep in extraction.reported else {}
+                return _artefact(masks, stages, theta, keep, samples, loss, time.perf_counter() - began)
 
             if run.done(extraction.key(ticket, number)):
-                progress.advance(fit.epochs)
-            net.banks = extraction._banks([run.stage(extraction.key(ticket, number), one_round)])
+                progress.skip(fit.epochs)
+            survivors = extraction._banks([run.stage(extraction.key(ticket, number), one_round)])
 
 
 def _extract_batched(extraction: Extraction) -> None:
     """Algorithm 1 for all k at once: one batch holds a batch of every subset, and every ticket has its own weights."""
-    run, fit, parts = extraction.run, extraction.fit, extraction.parts
+    run, plan, fit, parts = extraction.run, extraction.plan, extraction.fit, extraction.parts
     net = rk.nn.untie(masked_copy(extraction.model, len(parts), "per_ticket", True))
     theta0, rounds = state(net), extraction.rounds
-    with run.track("all tickets", len(rounds) * fit.epochs) as progress:
+    survivors = {layer: bank for layer, bank in net.banks.items() if layer in extraction.ones}
+    untouched = {layer: bank for layer, bank in net.banks.items() if layer not in extraction.ones}  # masks by `untie`
+    with run.track("all tickets", len(rounds) * fit.epochs, sum(extraction.epoch_samples)) as progress:
         for number, keep in enumerate(rounds):
             histories = [own[:number] for own in extraction.history()]
             stopped = extraction.stopped(histories)
             going = [k for k, name in enumerate(parts.names) if name not in stopped]
             if number:
-                net.banks = extraction._banks([own[-1] for own in histories])
+                survivors = extraction._banks([own[-1] for own in histories])
+            if plan.trained == "masked":
+                net.banks = survivors | untouched
             if all(run.done(extraction.key(ticket, number)) for ticket in going):
-                progress.advance(fit.epochs)
+                progress.skip(fit.epochs)
                 continue
             began, samples, loss = time.perf_counter(), dict.fromkeys(going, 0), 0.0
             rewind(net, theta0)
@@ -331,18 +403,23 @@ def _extract_batched(extraction: Extraction) -> None:
             generators = {k: run.generator("extract", parts.names[k], number) for k in going}
             net.train()
             with global_seed(run.seed_for("extract", number)):  # dropout's numbers do not depend on resuming
-                for _ in range(fit.epochs):
+                for epoch in range(fit.epochs):
                     orders = {k: fit.task.draw(parts, k, generators[k]) for k in going}
-                    for batch in _side_by_side(parts, {k: split(o, fit.batch_size) for k, o in orders.items()}):
-                        loss = float(step(net, optimizer, fit.task, parts, batch))
+                    batches = _side_by_side(parts, {k: split(o, fit.batch_size) for k, o in orders.items()})
+                    for m, batch in enumerate(batches):
+                        set_rate(optimizer, fit, (epoch + m / len(batches)) / fit.epochs)
+                        loss = float(step(net, optimizer, fit, parts, batch))
                     samples = {k: samples[k] + len(order) for k, order in orders.items()}
                     if keep in extraction.reported:
                         for k in going:
-                            stages[k].append(pruned(net, k, keep))
+                            stages[k].append(pruned(net, k, survivors, keep, plan.scope))
                     progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
+            trained = state(net) if keep in extraction.reported else {}
             seconds = (time.perf_counter() - began) / len(going)
             for ticket in going:
-                artefact = _artefact(pruned(net, ticket, keep), stages[ticket], keep, samples[ticket], loss, seconds)
+                masks = pruned(net, ticket, survivors, keep, plan.scope)
+                theta = {name: t[ticket] for name, t in trained.items()}
+                artefact = _artefact(masks, stages[ticket], theta, keep, samples[ticket], loss, seconds)
                 run.save(extraction.key(ticket, number), artefact)
 
 
@@ -359,12 +436,14 @@ def _side_by_side(parts: Partition, batches: Mapping[int, Sequence[Tensor]]) -> 
     ]
 
 
-def prune(weights: Masks, masks: Masks, keep: int) -> Masks:
-    """The masks without their smallest-magnitude weights, over all layers together, so that `keep` weights survive.
+def prune(weights: Masks, masks: Masks, keep: int, scope: str = "global") -> Masks:
+    """The masks without their smallest-magnitude weights, so that `keep` weights survive.
 
     Args:
         weights: by layer, any float dtype.
         masks: by layer, bool: what survives now, at least `keep` weights.
+        scope: "global": the smallest over all layers together; "layer": every layer loses the same share of what
+            survives in it, up to one weight (the largest remainders make up the exact count).
 
     Returns:
         New masks, nested in the old ones. Of equal magnitudes the one that comes first, in the order of layers and
@@ -379,23 +458,44 @@ def prune(weights: Masks, masks: Masks, keep: int) -> Masks:
         raise InputError("weights are not finite after training: it diverged, use a smaller lr")
     if int(alive.sum()) < keep:
         raise InputError(f"keep is {keep}, but only {int(alive.sum())} weights survive")
-    ranked = magnitude.masked_fill(~alive, -1).sort(descending=True, stable=True).indices
-    survivors = torch.zeros_like(alive).index_fill_(0, ranked[:keep], True)
-    parts = survivors.split([mask.numel() for mask in masks.values()])
+    if scope == "layer":
+        return {layer: _largest(weights[layer], masks[layer], n) for layer, n in _shares(masks, keep).items()}
+    parts = _largest(magnitude, alive, keep).split([mask.numel() for mask in masks.values()])
     return {layer: part.view(mask.shape) for (layer, mask), part in zip(masks.items(), parts, strict=True)}
 
 
-def pruned(net: rk.nn.RoutedModel, ticket: int, keep: int) -> Masks:
-    """A ticket's masks if it were pruned to `keep` weights by the magnitudes it has now."""
+def _largest(weights: Tensor, alive: Tensor, keep: int) -> Tensor:
+    """The `keep` largest magnitudes of those alive, bool of the same shape."""
+    ranked = weights.abs().masked_fill(~alive, -1).flatten().sort(descending=True, stable=True).indices
+    return torch.zeros_like(alive).flatten().index_fill_(0, ranked[:keep], True).view(alive.shape)
+
+
+def _shares(masks: Masks, keep: int) -> dict[str, int]:
+    """How many weights each layer keeps when all lose the same share."""
+    alive = {layer: int(mask.sum()) for layer, mask in masks.items()}
+    everything = sum(alive.values())
+    exact = {layer: (everything - keep) * n / max(1, everything) for layer, n in alive.items()}
+    removed = {layer: int(n) for layer, n in exact.items()}
+    rest = everything - keep - sum(removed.values())
+    for layer in sorted(exact, key=lambda layer: removed[layer] - exact[layer])[:rest]:
+        removed[layer] += 1
+    return {layer: n - removed[layer] for layer, n in alive.items()}
+
+
+def pruned(net: rk.nn.RoutedModel, ticket: int, survivors: Banks, keep: int, scope: str) -> Masks:
+    """A ticket's masks if, of its survivors, `keep` weights were left by the magnitudes they have now."""
     weights = {
         layer: module.weight.detach()[ticket] if module.untied else module.weight.detach()
         for layer, module in net.masked_modules().items()
     }
-    return prune(weights, {layer: bank.dense(ticket) for layer, bank in net.banks.items()}, keep)
+    return prune(weights, {layer: bank.dense(ticket) for layer, bank in survivors.items()}, keep, scope)
 
 
-def _artefact(masks: Masks, stages: Sequence[Masks], kept: int, samples: int, loss: float, seconds: float) -> Artefact:
+def _artefact(
+    masks: Masks, stages: Sequence[Masks], theta: Masks, kept: int, samples: int, loss: float, seconds: float
+) -> Artefact:
     words = {layer: rk.MaskBank.from_dense(mask[None]).words for layer, mask in masks.items()}
     for number, stage in enumerate(stages, 1):  # what each epoch would have given
         words |= {f"epoch-{number}/{layer}": rk.MaskBank.from_dense(mask[None]).words for layer, mask in stage.items()}
-    return Artefact(words, {"kept": kept, "samples": samples, "loss": loss, "seconds": seconds})
+    tensors = words | {THETA + name: t for name, t in theta.items()}
+    return Artefact(tensors, {"kept": kept, "samples": samples, "loss": loss, "seconds": seconds})

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rtl_kernels as rk
+from rtl.data.augment import AUGMENTATIONS
 from rtl.errors import InputError
 from rtl.partition import Partition
 from rtl.tasks import OneVsRest, Task
 
 SCHEDULES = ("sequential", "mixed")
-BATCH_NORMS = ("per_ticket", "shared")
+BATCH_NORMS = ("per_ticket", "shared", "recalibrated")
+MASKED = ("update", "gradient")
+LR_SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,13 @@ class Fit:
         schedule: of joint retraining. "sequential": one ticket's batch a step, in turn (Algorithm 2 to the letter).
             "mixed": a step sees batch_size / K samples of every ticket at once, so that steps and samples of an epoch
             are the same as in the sequential one.
-        batch_norm: "per_ticket" statistics or "shared" ones.
+        batch_norm: of joint retraining. "per_ticket" statistics, "shared" ones, or "recalibrated": trained with shared
+            ones, after which each ticket's are measured on one epoch of its own samples, weights as they are.
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
+        masked: "update": neither a pruned weight nor its optimiser state moves. "gradient": its gradient is zero, and
+            the optimiser does with that what it does: momentum from other tickets' steps moves the weight.
+        lr_schedule: "constant", or "cosine": from lr to zero over a round of extraction, or over joint retraining.
+        augment: "none", or "crop_flip" for images (see `rtl.data.augment.crop_flip`).
 
     Raises:
         InputError: a value outside what is said here.
@@ -45,6 +56,9 @@ class Fit:
     schedule: str = "sequential"
     batch_norm: str = "per_ticket"
     affine_per_ticket: bool = False
+    masked: str = "update"
+    lr_schedule: str = "constant"
+    augment: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -52,11 +66,31 @@ class Fit:
                 raise InputError(f"{name} is {getattr(self, name)}, expected an integer of 1 or more")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"lr is {self.lr}, expected a finite number above 0")
-        for name, known in (("schedule", SCHEDULES), ("batch_norm", BATCH_NORMS)):
+        choices = {
+            "schedule": SCHEDULES,
+            "batch_norm": BATCH_NORMS,
+            "masked": MASKED,
+            "lr_schedule": LR_SCHEDULES,
+            "augment": tuple(AUGMENTATIONS),
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.affine_per_ticket and self.batch_norm != "per_ticket":
-            raise InputError("affine_per_ticket is True with batch_norm 'shared', expected 'per_ticket'")
+            raise InputError(f"affine_per_ticket is True with batch_norm {self.batch_norm!r}, expected 'per_ticket'")
+
+    def rate(self, done: float) -> float:
+        """The learning rate when the fraction `done`, 0 to 1, of the training is behind."""
+        return self.lr if self.lr_schedule == "constant" else self.lr * (1 + math.cos(math.pi * done)) / 2
+
+    def described(self) -> dict[str, Any]:
+        """What joint retraining depends on, as a run is bound to it."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"task": self.task.name}
+
+    def described_for_extraction(self) -> dict[str, Any]:
+        """What a round of extraction depends on: of one mask there is no schedule, and statistics are its own."""
+        of_many = {"schedule", "batch_norm", "affine_per_ticket", "masked"}
+        return {name: value for name, value in self.described().items() if name not in of_many}
 
 
 def masked_copy(
@@ -87,22 +121,29 @@ def rewind(net: rk.nn.RoutedModel, theta0: Mapping[str, Tensor]) -> None:
 
 
 def new_optimizer(net: rk.nn.RoutedModel, fit: Fit) -> torch.optim.Optimizer:
-    """Adam under which neither a pruned weight nor its state moves."""
-    return rk.optim.masked_step(torch.optim.Adam(net.parameters(), lr=fit.lr), net)
+    """Adam, by default one under which neither a pruned weight nor its state moves."""
+    adam = torch.optim.Adam(net.parameters(), lr=fit.lr, foreach=True)
+    return adam if fit.masked == "gradient" else rk.optim.masked_step(adam, net)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, fit: Fit, done: float) -> None:
+    """Give the optimiser the learning rate of its next step, the fraction `done` of the training being behind."""
+    for group in optimizer.param_groups:
+        group["lr"] = fit.rate(done)
 
 
 Batch = Sequence[tuple[int, int, Tensor]]  # of each ticket in a step: mask, ticket, sample positions
 
 
-def step(
-    net: rk.nn.RoutedModel, optimizer: torch.optim.Optimizer, task: Task, parts: Partition, batch: Batch
-) -> Tensor:
+def step(net: rk.nn.RoutedModel, optimizer: torch.optim.Optimizer, fit: Fit, parts: Partition, batch: Batch) -> Tensor:
     """One optimiser step through m_k ⊙ θ for the tickets in `batch`; returns the mean loss (a detached scalar).
 
-    With untied weights every ticket's own mean loss is followed, as if it were trained alone.
+    Augmentation draws from torch's global generator. With untied weights every ticket's own mean loss is followed, as
+    if it were trained alone.
     """
     index = torch.cat([index for _, _, index in batch])
-    inputs, _ = parts.data.batch(index)
+    task = fit.task
+    inputs = AUGMENTATIONS[fit.augment](parts.data.batch(index)[0])
     masks = torch.cat([torch.full((len(index),), mask) for mask, _, index in batch])
     tickets = torch.cat([torch.full((len(index),), ticket) for _, ticket, index in batch])
     target = torch.cat([task.target(parts, ticket, index) for _, ticket, index in batch])

@@ -26,7 +26,7 @@ import rtl_kernels as rk
 from rtl.alignment import Alignment
 from rtl.collapse import WARM_UP, Alarm, verdicts
 from rtl.curve import Curve, mean_to_others
-from rtl.report import NAMES, PAPER, columns, group_rows, read_results
+from rtl.report import NAMES, PAPER, columns, group_rows, read_results, row_name
 from rtl.run import write_atomically
 from rtl.svg import Mark, Series, figure, line_chart, percent, stacked, table, tree
 
@@ -158,20 +158,20 @@ def _lead(runs: Sequence[RunView]) -> str:
 def _results(runs: Sequence[RunView]) -> str:
     rows = [row for run in runs for row in run.table["rows"]]
     shown = columns(rows)
-    head = [*(["run"] if len(runs) > 1 else []), "method", "sparsity", *(h for h, _ in shown), "#Params", "samples"]
+    head = [*(["run"] if len(runs) > 1 else []), "method", "protocol", "sparsity", *(h for h, _ in shown)]
+    head += ["#Params", "samples"]
     body: list[list[Any]] = []
     for run in runs:
-        for (method, variant, sparsity), group in group_rows(run.table["rows"]).items():
-            name = NAMES[method] + (f" ({variant})" if variant else "")
+        for (method, variant, protocol, sparsity), group in group_rows(run.table["rows"]).items():
             line: list[Any] = [run.name] if len(runs) > 1 else []
-            line += [name, (percent(sparsity), sparsity)]
+            line += [row_name(method, variant), protocol, (percent(sparsity), sparsity)]
             line += [_spread([row["metrics"][key] for row in group if key in row["metrics"]]) for _, key in shown]
             line += [_count([row[key] for row in group]) for key in ("params", "samples")]
             body.append(line)
     for recipe in dict.fromkeys(run.table["recipe"] for run in runs):
         for (method, sparsity), metrics in PAPER.get(recipe, {}).items():
             line = ["paper"] if len(runs) > 1 else []
-            line += [f"paper: {NAMES[method]}", (percent(sparsity), sparsity)]
+            line += [f"paper: {NAMES[method]}", "–", (percent(sparsity), sparsity)]
             line += [(f"{metrics[key]:.3f}", metrics[key]) if key in metrics else ("–", None) for _, key in shown]
             line += [(f"{metrics['params']:,.0f}", metrics["params"]), ("–", None)]
             body.append(line)
@@ -202,8 +202,7 @@ def _curves(run: RunView) -> str:
         if key == "similarity":
             continue
         series = []
-        for (method, variant), points in _by_method(rows, key).items():
-            name = NAMES[method] + (f" ({variant})" if variant else "")
+        for (method, name), points in _by_method(rows, key).items():
             if method == "dense":
                 level = points[0][1]
                 ends = [min(r["sparsity"] for r in rows if r["method"] != "dense"), max(r["sparsity"] for r in rows)]
@@ -236,11 +235,14 @@ def _curves(run: RunView) -> str:
 
 
 def _by_method(rows: Sequence[Mapping[str, Any]], key: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Points of each method and variant under its name, and of each protocol where there are several."""
+    several = len({row["protocol"] for row in rows}) > 1
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for (method, variant, sparsity), group in group_rows(rows).items():
+    for (method, variant, protocol, sparsity), group in group_rows(rows).items():
         values = [row["metrics"][key] for row in group if key in row["metrics"]]
         if values:
-            found.setdefault((method, variant), []).append((sparsity, float(np.mean(values))))
+            name = row_name(method, variant) + (f", {protocol}" if several else "")
+            found.setdefault((method, name), []).append((sparsity, float(np.mean(values))))
     return {name: sorted(points) for name, points in found.items()}
 
 
@@ -280,10 +282,11 @@ def _performance(run: RunView) -> dict[str, dict[float, float]]:
     rows = [r for r in run.details.get("per_class", []) if r["method"] == "rtl"]
     if not rows or run.curve is None:
         return {}
-    first = rows[0]["seed"]
+    which = ("protocol", "variant", "seed")
+    first = [rows[0].get(key) for key in which]  # older runs' details have the seed alone
     found: dict[str, dict[float, float]] = {}
     for row in rows:
-        if row["seed"] == first and "balanced_accuracy.threshold" in row:
+        if [row.get(key) for key in which] == first and "balanced_accuracy.threshold" in row:
             for name, value in zip(run.curve.names, row["balanced_accuracy.threshold"], strict=True):
                 found.setdefault(name, {})[row["sparsity"]] = value
     return found
@@ -449,16 +452,17 @@ def _routing(run: RunView) -> str:
     if not rows:
         return ""
     metric = next(key for key in rows[0] if key in ("accuracy", "mse"))
-    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["router"], row["sparsity"]), []).append(row)
+        name = row["router"] + (f" ({row['variant']})" if row.get("variant") else "")
+        groups.setdefault((row.get("variant", ""), row["sparsity"], name), []).append(row)
     body = [
         [
             router,
             (percent(sparsity), sparsity),
             *(_spread([row[key] for row in group]) for key in ("routing", metric, "calibration")),
         ]
-        for (router, sparsity), group in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0]))
+        for (_, sparsity, router), group in sorted(groups.items())
     ]
     head = ["router", "sparsity", "own ticket", f"end task: {metric}", "calibration error"]
     caption = "two-fold on held-out samples: calibrated on one half, measured on the other; the oracle knows the subset"
@@ -540,21 +544,21 @@ def _cost(run: RunView) -> str:
     weights = sum(run.curve.sizes.values()) if run.curve else None
     tickets = len(run.curve.names) if run.curve else 1
     body: list[list[Any]] = []
-    for (method, variant, sparsity), group in group_rows(run.table["rows"]).items():
-        name = NAMES[method] + (f" ({variant})" if variant else "")
+    for (method, variant, protocol, sparsity), group in group_rows(run.table["rows"]).items():
         params = float(np.mean([row["params"] for row in group]))
         masks = {"rtl": tickets, "imp_multiple": tickets, "imp_single": 1, "dense": 0}[method]
         stored = None if weights is None else 4 * params + masks * weights / 8
         body.append(
             [
-                name,
+                row_name(method, variant),
+                protocol,
                 (percent(sparsity), sparsity),
                 _count([row["seconds"] for row in group]),
                 _count([row["samples"] for row in group]),
                 ("–", None) if stored is None else (f"{stored:,.0f}", stored),
             ]
         )
-    head = ["method", "sparsity", "seconds of training", "samples presented", "bytes of weights and masks"]
+    head = ["method", "protocol", "sparsity", "seconds of training", "samples presented", "bytes of weights and masks"]
     caption = (
         "means over seeds; float32 for each stored weight, one bit for each prunable weight and mask; batch norm apart"
     )

@@ -1,4 +1,5 @@
-"""Partitions of data into named subsets, one for each ticket: by label, by metadata or by clustering.
+"""Partitions of data into named subsets, one for each ticket: by label, by metadata, by clustering, or by the text of
+class names.
 
 The method does not care how subsets were found (arXiv 2601.22141, section 3). A partition keeps the rule that made it,
 so that new data, a test set for one, is assigned to the same subsets.
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rtl.data.base import Data
 from rtl.errors import InputError
+from rtl.text import Encoder, embed, umap
 
 Rule = Callable[[Data], Tensor]
 Features = Callable[[Data], "Tensor | np.ndarray"]
@@ -234,22 +236,75 @@ def by_cluster(
     else:
         if num_clusters is not None:
             raise InputError(f"num_clusters is {num_clusters}, but HDBSCAN finds it: leave it out, or take 'kmeans'")
-        if not 2 <= min_cluster_size <= len(data):
-            raise InputError(f"min_cluster_size is {min_cluster_size}, but 2..{len(data)} is needed")
-        from sklearn.cluster import HDBSCAN
-
-        found = HDBSCAN(min_cluster_size=min_cluster_size, copy=True).fit(points.numpy())
-        index = torch.from_numpy(found.labels_).to(torch.int64)
-        if int(index.max()) < 0:
-            raise InputError(
-                f"min_cluster_size is {min_cluster_size}, but HDBSCAN finds no cluster then: lower it, or take 'kmeans'"
-            )
-        centroids = torch.stack([points[index == k].mean(dim=0) for k in range(int(index.max()) + 1)])
-        index = torch.where(index < 0, nearest(points, centroids), index)
+        index, centroids = _hdbscan(points, min_cluster_size)
     given = features if callable(features) else None
     rule = ClusterRule(centroids, given, fixed=features is not None and given is None)
     names = tuple(f"cluster-{k}" for k in range(len(centroids)))
     return _not_empty(Partition(data, names, index, rule), "num_clusters")
+
+
+def by_text(
+    data: Data,
+    *,
+    encoder: "str | Encoder" = "wordllama",
+    dimensions: int | None = 5,
+    neighbors: int = 5,
+    min_cluster_size: int = 4,
+    seed: int = 0,
+    show: Callable[[str], None] = print,
+) -> Partition:
+    """One subset for each cluster of classes whose names are alike: embedded, reduced by UMAP, clustered by HDBSCAN.
+
+    Classes that HDBSCAN calls noise go to the nearest cluster (its mean). A subset is named after the class in the
+    middle of it.
+
+    Args:
+        data: has labels as targets, and class names; underscores in them are read as spaces.
+        encoder: "wordllama" (meaning; the extra `text`), "ngrams" (spelling alone), or a function from texts to (N, D).
+        dimensions: UMAP's (the extra `text`); None: cluster the embeddings themselves.
+        neighbors: that UMAP keeps together, 2 or more.
+        min_cluster_size: classes in the smallest cluster, 2 or more.
+        seed: of UMAP.
+        show: receives the composition, one line a cluster.
+
+    Raises:
+        InputError: arguments that do not fit the above, no cluster found, or a package that is missing.
+
+    Source: arXiv 2601.22141, experiment 2, which embeds the names with CLIP.
+    """
+    names = data.class_names
+    if len(names) < 4:
+        raise InputError(f"data {data.name!r} has {len(names)} class names, but clustering them needs 4 or more")
+    if dimensions is not None and not 1 <= dimensions <= len(names) - 2:
+        raise InputError(f"dimensions is {dimensions}, but 1..{len(names) - 2} is needed, or None")
+    if not 2 <= neighbors < len(names):
+        raise InputError(f"neighbors is {neighbors}, but 2..{len(names) - 1} is needed")
+    vectors = embed([name.replace("_", " ") for name in names], encoder)
+    points = torch.from_numpy(vectors if dimensions is None else umap(vectors, dimensions, neighbors, seed))
+    index, centroids = _hdbscan(points, min_cluster_size)
+    groups: dict[str, list[str]] = {}
+    for k in range(len(centroids)):
+        members = (index == k).nonzero().flatten().tolist()
+        middle = members[int((points[members] - centroids[k]).norm(dim=1).argmin())]
+        groups[f"{names[middle]} and {len(members) - 1} more"] = [names[i] for i in members]
+    partition = by_label(data, groups)
+    for name, count in partition.counts().items():
+        show(f"{name} ({count:,} samples): {', '.join(groups[name])}")
+    return partition
+
+
+def _hdbscan(points: Tensor, min_cluster_size: int) -> tuple[Tensor, Tensor]:
+    """(index (N,), centroids (K, D)) of points (N, D); noise goes to the nearest centroid, the mean of a cluster."""
+    if not 2 <= min_cluster_size <= len(points):
+        raise InputError(f"min_cluster_size is {min_cluster_size}, but 2..{len(points)} is needed")
+    from sklearn.cluster import HDBSCAN
+
+    found = HDBSCAN(min_cluster_size=min_cluster_size, copy=True).fit(points.numpy())
+    index = torch.from_numpy(found.labels_).to(torch.int64)
+    if int(index.max()) < 0:
+        raise InputError(f"min_cluster_size is {min_cluster_size}, but HDBSCAN finds no cluster then: lower it")
+    centroids = torch.stack([points[index == k].mean(dim=0) for k in range(int(index.max()) + 1)])
+    return torch.where(index < 0, nearest(points, centroids), index), centroids
 
 
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Progress of long work: bars on a terminal, plain lines anywhere else.
 
 A task reports itself as a stream of `Event` snapshots. A display needs nothing but the latest one, so the events of a
-worker process can be sent to its parent and shown there beside everyone else's.
+worker process can be sent to its parent and shown there beside everyone else's, and added up to the whole of the work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ COALESCE_SECONDS = 0.1  # a task that advances faster than this reports only now
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Where one task stands. `task` is (process id, number of the task in that process); `values` are for curves."""
+    """Where one task stands. `task` is (process id, number of the task in that process); `values` are for curves.
+
+    Of the `done` steps `skipped` took no time, because an earlier run did them. A step is `unit` units of the whole
+    work; `whole` says that this is that whole, counted in units.
+    """
 
     state: Literal["started", "running", "finished", "stopped"]
     task: tuple[int, int]
@@ -30,9 +34,21 @@ class Event:
     seconds: float
     note: str = ""
     values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    skipped: int = 0
+    unit: int = 0
+    whole: bool = False
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until it ends, at the pace so far; None while there is none."""
+        if self.done <= self.skipped or self.done > self.total:
+            return None
+        return self.seconds / (self.done - self.skipped) * (self.total - self.done)
 
     def __str__(self) -> str:
         count, elapsed = f"{self.done}/{self.total}", duration(self.seconds)
+        if self.whole:
+            count = f"{self.done / max(1, self.total):.1%}"
         if self.state == "started":
             text = f"{self.label}: started, {count}"
         elif self.state == "finished":
@@ -41,17 +57,34 @@ class Event:
             text = f"{self.label}: stopped at {count} after {elapsed}"
         else:
             text = f"{self.label}: {count}, {elapsed} elapsed"
-            if 0 < self.done <= self.total:
-                text += f", about {duration(self.seconds / self.done * (self.total - self.done))} left"
+            if self.left is not None:
+                text += f", about {duration(self.left)} left"
+                if self.whole:
+                    text += time.strftime(" (until %a %H:%M)", time.localtime(time.time() + self.left))
         return f"{text}, {self.note}" if self.note else text
 
 
 class Task:
     """One piece of work of `total` steps, made by `Progress.task`."""
 
-    def __init__(self, show: Callable[[Event], None], task: tuple[int, int], label: str, total: int) -> None:
-        self._show, self._task, self._label, self._total = show, task, label, total
-        self._done, self._note = 0, ""
+    def __init__(
+        self,
+        show: Callable[[Event], None],
+        task: tuple[int, int],
+        label: str,
+        total: int,
+        unit: int = 0,
+        whole: bool = False,
+    ) -> None:
+        self._show, self._task, self._label, self._total, self._unit, self._whole = (
+            show,
+            task,
+            label,
+            total,
+            unit,
+            whole,
+        )
+        self._done, self._skipped, self._note = 0, 0, ""
         self._values: dict[str, float] = {}
         self._begun = self._shown = time.monotonic()
         self._report("started")
@@ -67,11 +100,17 @@ class Task:
         if time.monotonic() - self._shown >= COALESCE_SECONDS:
             self._report("running")
 
+    def skip(self, n: int) -> None:
+        """`n` more steps were done before, by a run that this one resumes: the pace is that of the others."""
+        self._skipped += n
+        self.advance(n)
+
     def _report(self, state: Literal["started", "running", "finished", "stopped"]) -> None:
         self._shown = time.monotonic()
         seconds = self._shown - self._begun
         values, self._values = self._values, {}
-        self._show(Event(state, self._task, self._label, self._done, self._total, seconds, self._note, values))
+        counts = self._skipped, self._unit, self._whole
+        self._show(Event(state, self._task, self._label, self._done, self._total, seconds, self._note, values, *counts))
 
 
 class Progress:
@@ -95,7 +134,9 @@ class Progress:
         self._numbers = itertools.count()
         self._open: dict[tuple[int, int], Event] = {}
         self._listeners: list[Callable[[Event], None]] = []
+        self._whole: Task | None = None
         self._display: Callable[[Event], None]
+        self._lines = False
         if forward is not None:
             self._display = forward
         elif quiet:
@@ -103,12 +144,30 @@ class Progress:
         elif (stream or sys.stderr).isatty():
             self._display = _Bars(stream).show
         else:
+            self._lines = True
             self._display = _Lines(stream, every).show
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Task]:
-        """A task of `total` steps, shown until the block ends: as finished, or as stopped if it raises."""
-        task = Task(self.show, (os.getpid(), next(self._numbers)), label, total)
+    def whole(self, label: str, total: int, done: int = 0) -> Iterator[None]:
+        """All the work of the block as one task of `total` units, which its tasks (here and in workers) add to.
+
+        `done` units were done before, by tasks that do not come again. It says what is running and when everything
+        ends. As plain lines the tasks then show only their first and last.
+        """
+        with self.task(label, total, whole=True) as self._whole:
+            self._whole.skip(done)
+            try:
+                yield
+            finally:
+                self._whole = None
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: int = 0, whole: bool = False) -> Iterator[Task]:
+        """A task of `total` steps, shown until the block ends: as finished, or as stopped if it raises.
+
+        A step is `unit` units of the `whole`, where there is one.
+        """
+        task = Task(self.show, (os.getpid(), next(self._numbers)), label, total, unit, whole)
         try:
             yield task
         except BaseException:
@@ -118,13 +177,20 @@ class Progress:
 
     def show(self, event: Event) -> None:
         """Show an event, of this process or of another."""
+        before = self._open.get(event.task)
         if event.state in ("finished", "stopped"):
             self._open.pop(event.task, None)
         else:
             self._open[event.task] = event
-        self._display(event)
+        if self._whole is None or event.whole or event.state != "running" or not self._lines:
+            self._display(event)
         for listener in self._listeners:
             listener(event)
+        if self._whole is not None and event.unit:
+            done, skipped = (before.done, before.skipped) if before else (0, 0)
+            running = [f"{e.label} {e.done}/{e.total}" for e in self._open.values() if e.unit]
+            self._whole._skipped += (event.skipped - skipped) * event.unit
+            self._whole.advance((event.done - done) * event.unit, ", ".join(running))
 
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Give every event to `listener` too, in this process, also those of worker processes."""

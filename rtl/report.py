@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
 import statistics
@@ -95,19 +96,20 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(heading, key) for heading, key in (*COLUMNS, *_MORE) if any(key in row["metrics"] for row in rows)]
 
 
-def group_rows(rows: Iterable[Row]) -> dict[tuple[str, str, float], list[Row]]:
-    """The seeds' rows of each method, variant and sparsity."""
-    groups: dict[tuple[str, str, float], list[Row]] = {}
+def group_rows(rows: Iterable[Row]) -> dict[tuple[str, str, str, float], list[Row]]:
+    """The seeds' rows of each method, variant, protocol and sparsity."""
+    groups: dict[tuple[str, str, str, float], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["variant"], row["sparsity"]), []).append(row)
+        groups.setdefault((row["method"], row["variant"], row["protocol"], row["sparsity"]), []).append(row)
     return groups
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions a result was made with."""
+    """The day, the machine and the versions a result was made with."""
     import torch
 
     return {
+        "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
         "processor": _processor(),
         "python": platform.python_version(),
@@ -127,15 +129,54 @@ def _processor() -> str:
 
 
 def summary(rows: Iterable[Row]) -> list[list[str]]:
-    """One line for each method, variant and sparsity, mean ± standard deviation over seeds, below a heading."""
-    groups = group_rows(rows)
-    lines = [["method", "sparsity", *(heading for heading, _ in COLUMNS), "#Params", "samples", "seconds"]]
-    for (method, variant, sparsity), group in groups.items():
-        name = NAMES[method] + (f" ({variant})" if variant else "")
-        cells = [_spread([row["metrics"][key] for row in group if key in row["metrics"]]) for _, key in COLUMNS]
-        counts = [f"{statistics.mean(row[key] for row in group):,.0f}" for key in ("params", "samples", "seconds")]
-        lines.append([name, f"{sparsity:.0%}", *cells, *counts])
+    """One line for each method, variant, protocol and sparsity, mean ± standard deviation over seeds, below a heading.
+
+    Columns are the metrics that some row has.
+
+    "seconds" are those of every worker process (one thread each), added up; "samples/s" are samples presented in one of
+    those seconds.
+    """
+    rows = list(rows)
+    shown = columns(rows)
+    headings = ("#Params", "BN params", "samples", "samples/s", "seconds")
+    lines = [["method", "protocol", "sparsity", *(heading for heading, _ in shown), *headings]]
+    for (method, variant, protocol, sparsity), group in group_rows(rows).items():
+        cells = [_spread([row["metrics"][key] for row in group if key in row["metrics"]]) for _, key in shown]
+        params, norms, samples, seconds = (
+            statistics.mean(row[key] for row in group) for key in ("params", "batch_norm_params", "samples", "seconds")
+        )
+        counts = [f"{n:,.0f}" for n in (params, norms, samples, samples / seconds if seconds else 0, seconds)]
+        lines.append([row_name(method, variant), protocol, f"{sparsity:.0%}", *cells, *counts])
     return lines
+
+
+def beside_published(rows: Iterable[Row], published: Iterable[Row]) -> list[list[str]]:
+    """Our rows beside the paper's of the same method and sparsity, under its decision rule, below a heading.
+
+    Each figure is ours (mean over seeds), the paper's and the difference; #Params differ by a fraction of the paper's.
+    Empty if the paper has none of the rows.
+    """
+    theirs = {(row["method"], row["sparsity"]): row for row in published}
+    columns = {"BA": "balanced_accuracy", "precision": "precision", "recall": "recall"}
+    lines = []
+    for (method, variant, protocol, sparsity), group in group_rows(rows).items():
+        paper = theirs.get((method, sparsity))
+        if paper is None:
+            continue
+        cells = []
+        for key in columns.values():
+            own = statistics.mean(row["metrics"][f"{key}.{paper['rule']}"] for row in group)
+            cells += [f"{own:.3f}", f"{paper[key]:.3f}", f"{own - paper[key]:+.3f}"]
+        params = statistics.mean(row["params"] for row in group)
+        cells += [f"{params:,.0f}", f"{paper['params']:,}", f"{params / paper['params'] - 1:+.1%}"]
+        lines.append([row_name(method, variant), protocol, f"{sparsity:.0%}", paper["rule"], *cells])
+    head = [f"{name}{column}" for name in (*columns, "#Params") for column in (", ours", ", paper", ", difference")]
+    return [["method", "protocol", "sparsity", "rule", *head], *lines] if lines else []
+
+
+def row_name(method: str, variant: str) -> str:
+    """What tables and figures call a row's method."""
+    return NAMES[method] + (f" ({variant})" if variant else "")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -178,7 +219,9 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
             plots.similarity_by_depth(Similarity.from_json(values), float(level)),
             figures / f"similarity-by-depth-{level}.png",
         )
-    write_atomically(folder / "table.md", markdown(summary(table["rows"])).encode())
+    compared = beside_published(table["rows"], table.get("published", ()))
+    tables = [markdown(lines) for lines in (summary(table["rows"]), compared) if lines]
+    write_atomically(folder / "table.md", "\n".join(tables).encode())
     for name, content in (("details.json", details), ("table.json", table)):
         write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -198,6 +241,40 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         curve = _curve_of_tickets(Path(folder) / "tickets")
         if curve is not None:
             details |= insights(curve)
+    return table, details
+
+
+def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tables and details of several runs of one recipe as those of one, in that order.
+
+    Commands are joined by " && "; of an environment that differs, all values are kept; what the details say of tickets
+    (their similarity, examples) is of the first run that has any. Raises InputError for other recipes, or a row that
+    two runs have.
+    """
+    (table, details), *others = results
+    table, details = dict(table), dict(details)
+    for other, more in others:
+        if other["recipe"] != table["recipe"]:
+            raise InputError(f"runs are of {table['recipe']!r} and of {other['recipe']!r}, expected one recipe")
+        table["rows"] = [*table["rows"], *other["rows"]]
+        table["command"] += f" && {other['command']}"
+        table["environment"] = {
+            key: table["environment"].get(key, "?") for key in {**table["environment"], **other["environment"]}
+        } | {
+            key: f"{table['environment'].get(key, '?')} / {value}"
+            for key, value in other["environment"].items()
+            if str(value) not in str(table["environment"].get(key, "?")).split(" / ")
+        }
+        lists = {
+            k: [*details.get(k, []), *more.get(k, [])] for k in ("per_class", "routing") if k in details or k in more
+        }
+        details = (details if "similarity" in details else {**details, **more}) | lists
+    seen = set()
+    for row in table["rows"]:
+        which = tuple(row[key] for key in ("method", "protocol", "variant", "sparsity", "seed"))
+        if which in seen:
+            raise InputError(f"runs have a row twice, {which}: leave one of them out")
+        seen.add(which)
     return table, details
 
 
@@ -254,9 +331,15 @@ def _curve_of_tickets(folder: Path) -> Curve | None:
 def write_into(document: Path, table: Mapping[str, Any]) -> None:
     """Replace the table between `<!-- table: RECIPE -->` and `<!-- end -->` in a document by a run's.
 
-    Raises InputError if the document has no such place.
+    So is one between `<!-- published: RECIPE -->` and `<!-- end -->`, if there is such a place, by the comparison with
+    the paper. Raises InputError if the document has no place for the table, or one that does not end.
     """
-    replace_between(document, f"table: {table['recipe']}", markdown(summary(table["rows"])))
+    text = _replaced(document, document.read_text(), f"table: {table['recipe']}", markdown(summary(table["rows"])))
+    mark = f"published: {table['recipe']}"
+    if f"<!-- {mark} -->\n" in text:
+        compared = beside_published(table["rows"], table.get("published", ()))
+        text = _replaced(document, text, mark, markdown(compared) if compared else "")
+    write_atomically(document, text.encode())
 
 
 def replace_between(document: Path, mark: str, text: str) -> None:
@@ -264,9 +347,12 @@ def replace_between(document: Path, mark: str, text: str) -> None:
 
     Raises InputError if the document has no such place.
     """
+    write_atomically(document, _replaced(document, document.read_text(), mark, text).encode())
+
+
+def _replaced(document: Path, content: str, mark: str, text: str) -> str:
     begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
-    before, found, after = document.read_text().partition(begin)
+    before, found, after = content.partition(begin)
     if not found or end not in after:
         raise InputError(f"document is {str(document)!r}, which has no line {begin.strip()!r} with an {end!r} after it")
-    after = after[after.index(end) :]
-    write_atomically(document, (before + begin + text + after).encode())
+    return before + begin + text + after[after.index(end) :]

@@ -9,7 +9,6 @@ for each epoch:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import rtl_kernels as rk
 from rtl.errors import InputError
-from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, split, step
+from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, set_rate, split, step
 from rtl.partition import Partition
 from rtl.run import Artefact, Run
 from rtl.tickets import TicketMasks, TicketNetwork
@@ -45,17 +45,14 @@ def retrain(
             training diverged.
     """
     subsets = [parts.position(name) for name in tickets.names]
-    net = masked_copy(model, len(subsets), fit.batch_norm, fit.affine_per_ticket)
-    try:
-        net.banks = dict(tickets.banks)
-    except ValueError as error:
-        raise InputError(f"tickets are not of this model: {error}") from error
-    for _ in schedule(parts, subsets, fit, torch.Generator()):
-        break  # what the task refuses, it refuses before anything is written
+    recalibrated = fit.batch_norm == "recalibrated"
+    net = _converted(model, tickets, "shared" if recalibrated else fit.batch_norm, fit.affine_per_ticket)
+    # What the task refuses, it refuses before anything is written.
+    lengths = [sum(len(index) for _, _, index in batch) for batch in schedule(parts, subsets, fit, torch.Generator())]
     run = run.child(f"retrain/{tickets.sparsity:g}")
     run.configure(
         {
-            "fit": dataclasses.asdict(fit) | {"task": fit.task.name},
+            "fit": fit.described(),
             "tickets": tickets.names,
             "subsets": parts.counts(),
             "data": parts.fingerprint,
@@ -70,13 +67,16 @@ def retrain(
         samples, seconds, losses = reached["samples"], reached["seconds"], reached["losses"]
         began = saved = time.perf_counter()
         net.train()
-        with run.track(f"{len(subsets)} tickets" if len(subsets) > 1 else tickets.names[0], fit.epochs) as progress:
-            progress.advance(len(losses))
+        label = f"{len(subsets)} tickets" if len(subsets) > 1 else tickets.names[0]
+        with run.track(label, fit.epochs, sum(lengths)) as progress:
+            progress.skip(len(losses))
             for epoch in range(len(losses), fit.epochs):
                 torch.manual_seed(run.seed_for("retrain", epoch))  # dropout's numbers do not depend on resuming either
                 total, steps = torch.zeros(()), 0
-                for batch in schedule(parts, subsets, fit, run.generator("retrain", *tickets.names, epoch)):
-                    total += step(net, optimizer, fit.task, parts, batch)
+                batches = schedule(parts, subsets, fit, run.generator("retrain", *tickets.names, epoch))
+                for batch in batches:
+                    set_rate(optimizer, fit, (epoch + steps / len(lengths)) / fit.epochs)
+                    total += step(net, optimizer, fit, parts, batch)
                     steps += 1
                     samples += sum(len(index) for _, _, index in batch)
                 losses.append(float(total) / steps)
@@ -87,12 +87,21 @@ def retrain(
                     saved = time.perf_counter()
                     info = {"samples": samples, "seconds": seconds + saved - began, "losses": losses}
                     _checkpoint(run, net, optimizer, info)
+        result = net
+        if recalibrated:
+            result = _converted(model, tickets, "per_ticket", False)
+            result.model.load_state_dict(net.model.state_dict())
+            batches = schedule(parts, subsets, fit, run.generator("recalibrate", *tickets.names))
+            _recalibrate(result, parts, batches)
+            samples += sum(lengths)
         info = {"samples": samples, "seconds": seconds + time.perf_counter() - began, "losses": losses}
-        return Artefact(net.model.state_dict(), info)
+        return Artefact(result.model.state_dict(), info)
 
     done = run.stage("network", train)
     for epoch in range(fit.epochs):
         run.discard(_checkpoint_key(epoch))
+    if recalibrated:
+        net = _converted(model, tickets, "per_ticket", False)
     net.model.load_state_dict(done.tensors)
     net.eval()
     spent = done.info["samples"], done.info["seconds"]
@@ -106,6 +115,46 @@ def schedule(parts: Partition, subsets: list[int], fit: Fit, generator: torch.Ge
     for m in range(max(len(own) for own in batches)):
         turn = [(k, subset, batches[k][m % len(batches[k])]) for k, subset in enumerate(subsets)]
         yield from ([one] for one in turn) if fit.schedule == "sequential" else [turn]
+
+
+def retrained(run: Run, sparsity: float) -> bool:
+    """Whether `retrain` into this run at this sparsity would find its result there."""
+    return run.child(f"retrain/{sparsity:g}").done("network")
+
+
+def presented(parts: Partition, subsets: list[int], fit: Fit) -> dict[int, int]:
+    """Samples that one epoch of joint retraining presents to each of the subsets."""
+    counts = dict.fromkeys(subsets, 0)
+    for batch in schedule(parts, subsets, fit, torch.Generator()):
+        for _, subset, index in batch:
+            counts[subset] += len(index)
+    return counts
+
+
+def _converted(model: nn.Module, tickets: TicketMasks, batch_norm: str, affine_per_ticket: bool) -> rk.nn.RoutedModel:
+    net = masked_copy(model, len(tickets.names), batch_norm, affine_per_ticket)
+    try:
+        net.banks = dict(tickets.banks)
+    except ValueError as error:
+        raise InputError(f"tickets are not of this model: {error}") from error
+    return net
+
+
+@torch.no_grad()
+def _recalibrate(net: rk.nn.RoutedModel, parts: Partition, batches: Iterator[Batch]) -> None:
+    """Measure every batch norm's statistics anew, per ticket, as the mean over `batches`; nothing else moves."""
+    net.eval()
+    norms = [module for module in net.modules() if isinstance(module, rk.nn.SubsetBatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # of torch.nn.BatchNorm2d: a cumulative mean
+        norm.train()
+    for batch in batches:
+        masks = torch.cat([torch.full((len(index),), mask) for mask, _, index in batch])
+        net(parts.data.batch(torch.cat([index for _, _, index in batch]))[0], masks)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def _checkpoint_key(epochs: int) -> str:

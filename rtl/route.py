@@ -216,8 +216,8 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Each router beside the oracle, which routes every sample to its own subset's ticket.
 
-    Two-fold: calibrated on one half of `held_out`, measured on the other, and the other way round. Samples in no
-    ticket's subset are left out.
+    Two-fold: calibrated on one half of every ticket's samples in `held_out` (two or more), measured on the other, and
+    the other way round. Samples in no ticket's subset are left out.
 
     Returns:
         By "oracle" and the routers' methods: "routing" (share of samples that get their own ticket), "calibration"
@@ -227,7 +227,8 @@ def compare(
     data, truth = held_out.data, numbers(net, held_out.index)
     known = torch.nonzero(truth >= 0).flatten()
     order = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
-    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    order = order[truth[order].sort(stable=True).indices]
+    halves = order[::2], order[1::2]  # of every ticket's samples half
     rows = torch.cat(halves)
     metric, values = _task_values(net, data, truth)
     results = {"oracle": {"routing": 1.0, "calibration": 0.0, metric: float(values[rows, truth[rows]].mean())}}

@@ -205,12 +205,12 @@ class Run:
 
     # Work
 
-    def track(self, label: str, total: int) -> AbstractContextManager[Task]:
+    def track(self, label: str, total: int, unit: int = 0) -> AbstractContextManager[Task]:
         """`with run.track("cat", epochs) as task: ... task.advance()` shows progress, also from a worker process.
 
-        A child's label has its name before it.
+        A child's label has its name before it. A step is `unit` units of `Progress.whole`, where there is one.
         """
-        return self.progress.task(self.name + label, total)
+        return self.progress.task(self.name + label, total, unit)
 
     def map(self, function: Callable[[Run, T], R], items: Sequence[T], *, label: str) -> list[R]:
         """`[function(run, item) for item in items]`, in up to `workers` processes of one torch thread each.

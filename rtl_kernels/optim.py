@@ -58,6 +58,9 @@ class _MaskedStep:
         self.place = next(place for place in itertools.count() if place not in seen)
         seen[self.place] = None
         self.saved: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
+        # What `_frozen` gave for a set of groups, while the layers' bits and weights are those it was computed from.
+        self.known: dict[tuple[bool, ...], dict[Tensor, Tensor]] = {}
+        self.computed_from: list[tuple[Tensor, int, Tensor]] = []
 
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.saved = []
@@ -93,6 +96,26 @@ class _MaskedStep:
         present = self.model._pass.seen[self.place]
         if present is None:  # no batch since the last step
             present = torch.zeros(self.model.num_masks + 1, dtype=torch.bool)
+        if present.device.type != "cpu":  # looking at the groups would synchronise
+            return self._compute_frozen(present)
+        layers = list(self.model.masked_modules().values())
+        if any(layer.mask_words.is_inference() for layer in layers):  # whose changes nobody counts
+            return self._compute_frozen(present)
+        now = [(layer.mask_words, layer.mask_words._version, layer.weight) for layer in layers]
+        if len(now) != len(self.computed_from) or not all(
+            a[0] is b[0] and a[1] == b[1] and a[2] is b[2] for a, b in zip(now, self.computed_from, strict=True)
+        ):
+            self.known, self.computed_from = {}, now
+        groups = tuple(present.tolist())
+        if groups not in self.known:
+            # In turn, K sets of groups come by; no more are kept than that, nor more than 64 MiB of bits as bytes.
+            size = sum(layer.weight.numel() for layer in layers)
+            while self.known and len(self.known) >= min(self.model.num_masks + 1, max(1, 2**26 // max(1, size))):
+                del self.known[next(iter(self.known))]
+            self.known[groups] = self._compute_frozen(present)
+        return self.known[groups]
+
+    def _compute_frozen(self, present: Tensor) -> dict[Tensor, Tensor]:
         frozen: dict[Tensor, Tensor] = {}
         for module in self.model.model.modules():
             pairs: list[tuple[Tensor, Tensor]] = []

@@ -374,3 +374,26 @@ def test_a_closure_is_refused(how):
     optimizer = rk.optim.masked_step(decaying(net), net)
     with pytest.raises(ValueError, match="closure is given, but a masked step has to know its batch before it"):
         optimizer.step(lambda: None) if how == "positional" else optimizer.step(closure=lambda: None)
+
+
+def test_what_was_kept_of_earlier_steps_follows_new_masks_and_changed_bits():
+    """The same tickets come by again and again, the masks they go through do not stay."""
+    net = converted()
+    optimizer = rk.optim.masked_step(decaying(net), net)
+
+    def step(seed, index):
+        before = weights(net)
+        optimizer.zero_grad()
+        backward(net, index, seed)
+        optimizer.step()
+        assert_moved(net, before, index)
+
+    for seed in range(3):
+        step(seed, [1, 2])
+        step(seed, [seed])
+    net.model.conv.bank = rk.MaskBank.from_dense(~net.banks["conv"].to_dense())
+    step(3, [1, 2])
+    net.model.head.mask_words[1] = net.model.head.mask_words[0]
+    step(4, [1, 2])
+    for seed, index in enumerate([[0], [1], [2], [3], [0, 1], [0, 2], [0, 3], [1, 3], [0]]):  # more than are kept
+        step(seed, index)

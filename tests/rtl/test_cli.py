@@ -105,7 +105,10 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
         ("show", "required: recipe (rtl show --help"),
         ("show nope", "recipe is 'nope', expected one of digits, cifar10"),
         ("show digits --protocol paper", "protocol is 'paper', expected one of quick"),
-        ("run", "no recipe is given, expected one of digits, cifar10: for example rtl run digits"),
+        (
+            "run",
+            "no recipe is given, expected one of digits, cifar10, cifar100, cifar10-switches, cifar10-tuned: for",
+        ),
         ("run --lr 1", "no recipe is given"),
         ("run nope", "recipe is 'nope', expected one of digits, cifar10"),
         ("run digits --bogus 1", "--bogus"),
@@ -140,6 +143,8 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
         ("report empty", "run is 'empty', which holds no finished results"),
         ("report file", "run is 'file', which holds no finished results"),
         ("report done --to file", "give another path"),
+        ("report done done --merge", "merge makes one run of 2, which needs a folder: give --to DIR"),
+        ("report done done --merge --to both", "runs have a row twice"),
         ("report empty --bogus", "--bogus"),
         ("report done --semantics file", "semantics is given, but the run has no three tickets"),
         ("watch nowhere", "run is 'nowhere', which holds no config.json"),
@@ -230,7 +235,7 @@ def test_a_narrow_terminal_gets_the_table_in_parts_and_every_figure_whole(capsys
     assert "…" not in plain
     head, line = summary([row(), row(seed=1)])
     assert all(text in plain for text in (*head, *line))
-    assert sum(line.startswith("│ RTL ") for line in table) == 2
+    assert sum(line.startswith("│ RTL ") for line in table) > 1  # every part says what its lines are of
 
 
 def test_report_draws_the_figures_again(capsys, folder):
@@ -298,6 +303,22 @@ def test_report_writes_results_and_the_configuration_elsewhere(capsys, folder):
         "report.html",
     }
     assert "data:image/png;base64,eA==" in (folder / "results/digits/report.html").read_text()
+
+
+def test_merged_runs_are_one_table_of_all(capsys, folder):
+    for seed in (0, 1):
+        table = {"recipe": "digits", "command": f"c{seed}", "environment": environment(), "rows": [row(seed=seed)]}
+        write_results(folder / f"run{seed}", table, {"class_names": [], "per_class": []})
+        Run(folder / f"run{seed}").configure({"a": seed})
+        (folder / f"run{seed}/tickets/0.5").mkdir(parents=True)
+        (folder / f"run{seed}/tickets/0.5/inputs.json").write_text(str(seed))
+    code, out, err = call(capsys, "report", "run0", "run1", "--merge", "--to", "both")
+    assert (code, err) == (0, "")
+    assert "c0 && c1" in out
+    assert [r["seed"] for r in json.loads((folder / "both/table.json").read_text())["rows"]] == [0, 1]
+    assert {f.name for f in (folder / "both").glob("config*")} == {"config-run0.json", "config-run1.json"}
+    assert (folder / "both/tickets/0.5/inputs.json").read_text() == "0"  # the first run's
+    assert (folder / "both/report.html").is_file()
 
 
 def test_report_of_an_unfinished_run_says_to_finish_it(capsys, folder):

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -425,3 +426,149 @@ def test_an_unreported_sparsity_is_refused_naming_those_there_are(tmp_path, part
     tickets = extract(mlp(), parts, PLAN, FIT, quiet(tmp_path))
     with pytest.raises(InputError, match=r"sparsity is 0\.5, but the tickets were kept at 0\.25, 0\.75"):
         tickets.at(0.5)
+
+
+# Switches
+
+
+def test_pruning_by_layer_takes_the_same_share_of_every_layer_and_the_exact_number():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"small": (3, 3), "large": (10, 9), "scaled": (5, 4)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights["scaled"] *= 100  # by global ranking it would lose nothing
+    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    everything = before = 119
+    for keep in (100, 61, 60, 17, 3):
+        pruned = prune(weights, masks, keep, "layer")
+        assert sum(int(m.sum()) for m in pruned.values()) == keep
+        for name, mask in pruned.items():
+            assert not (mask & ~masks[name]).any()  # nested
+            alive = int(masks[name].sum())
+            assert abs(int(mask.sum()) - alive * keep / before) < 1
+            if mask.any() and (masks[name] & ~mask).any():
+                assert weights[name][mask].abs().min() >= weights[name][masks[name] & ~mask].abs().max()
+        masks, before = pruned, keep
+    assert everything > before
+
+
+def test_a_plan_by_layer_leaves_every_layer_its_share(tmp_path, parts):
+    plan = dataclasses.replace(PLAN, scope="layer")
+    tickets = extract(mlp(), parts, plan, FIT, quiet(tmp_path))
+    for level in (0.25, 0.75):
+        for bank in tickets.at(level).banks.values():
+            assert (bank.density() - (1 - level)).abs().max() < 0.05
+    by_all = extract(mlp(), parts, PLAN, FIT, quiet(tmp_path / "global")).at(0.75)
+    assert max(float((bank.density() - 0.25).abs().max()) for bank in by_all.banks.values()) > 0.1
+
+
+def dense_algorithm_1(model, parts, ticket, rounds, fit, run):
+    """One ticket's masks after each round, where a round trains all weights, in plain PyTorch."""
+    names = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    theta0 = {name: t.clone() for name, t in model.state_dict().items()}
+    alive, history = torch.ones(72, dtype=torch.bool), []
+    for number, keep in enumerate(rounds):
+        model.load_state_dict(theta0)
+        optimizer = torch.optim.Adam(model.parameters(), lr=fit.lr)
+        generator = run.generator("extract", parts.names[ticket], number)
+        for _ in range(fit.epochs):
+            for index in split(fit.task.draw(parts, ticket, generator), fit.batch_size):
+                logit, target = model(parts.data.inputs[index])[:, ticket], (parts.index[index] == ticket).double()
+                optimizer.zero_grad()
+                nn.functional.binary_cross_entropy_with_logits(logit, target).backward()
+                optimizer.step()
+        magnitude = torch.cat([model.get_parameter(n).detach().abs().flatten() for n in names])
+        alive = alive & (magnitude >= magnitude[alive].sort(descending=True).values[keep - 1])
+        history.append(alive)
+    return history
+
+
+def test_dense_rounds_train_every_weight_and_prune_the_survivors(tmp_path, parts):
+    run, model = quiet(tmp_path), Wide(mlp())
+    extraction = Extraction(model, parts, dataclasses.replace(PLAN, trained="dense"), FIT, run)
+    tickets = rtl.extract(model, parts, extraction.plan, FIT, run)
+    for ticket in range(3):
+        expected = dense_algorithm_1(Wide(mlp()), parts, ticket, extraction.rounds, FIT, extraction.run)
+        assert torch.equal(flat_masks(tickets.at(0.25))[ticket], expected[0])
+        assert torch.equal(flat_masks(tickets.at(0.75))[ticket], expected[2])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"scope": "all"}, "scope is 'all', expected one of global, layer"), ({"trained": "x"}, "trained is 'x'")],
+)
+def test_an_unknown_switch_is_refused(changed, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(PLAN, **changed)
+
+
+def test_batched_extraction_prunes_nothing_that_the_model_calls_dense(tmp_path):
+    parts = by_label(images())
+    tickets = extract(seeded(TinyConv), parts, PrunePlan(60, 0.5), FIT, quiet(tmp_path), batched=True)
+    assert flat_masks(tickets.at(0.5)).sum(1).tolist() == [90, 90, 90]  # of the two convolutions' 180 alone
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_weights_that_gave_the_reported_masks_are_kept(tmp_path, monkeypatch, batched):
+    parts, plan = by_label(images()), PrunePlan(60, 0.5, (0.25, 0.5))
+    watch = Watch(monkeypatch)
+    model = seeded(TinyConv)
+    extraction = Extraction(model, parts, plan, FIT, quiet(tmp_path), batched=batched)
+    rtl.extract(model, parts, plan, FIT, quiet(tmp_path), batched=batched)
+    theta0 = model.state_dict()
+    for level in (0.25, 0.5):
+        own = [extraction.weights_at(level, ticket) for ticket in range(3)]
+        assert all(own_k.keys() == theta0.keys() for own_k in own)
+        for k, state in enumerate(own):
+            weights = {n: state[f"{n}.weight"] for n in ("features.0", "features.3")}
+            before = {0.25: torch.ones(180, dtype=torch.bool), 0.5: flat_masks(extraction.tickets().at(0.25))[k]}
+            masks, alive = {}, before[level].split([36, 144])
+            for (name, weight), flat in zip(weights.items(), alive, strict=True):
+                masks[name] = flat.view(weight.shape)
+            expected = prune(weights, masks, {0.25: 135, 0.5: 90}[level])  # they are those that were ranked
+            assert torch.equal(
+                flat_masks(extraction.tickets().at(level))[k], torch.cat([m.flatten() for m in expected.values()])
+            )
+    assert watch.nets
+
+
+def test_shared_extracted_weights_are_the_mean_move_of_the_tickets_that_moved(tmp_path):
+    parts, model = by_label(images()), seeded(TinyConv)
+    extraction = Extraction(model, parts, PrunePlan(60, 0.5, (0.5,)), FIT, quiet(tmp_path))
+    rtl.extract(model, parts, extraction.plan, FIT, quiet(tmp_path))
+    own, shared = [extraction.weights_at(0.5, k) for k in range(3)], extraction.weights_at(0.5)
+    theta0 = model.state_dict()
+    for k in range(3):  # a row of the classifier is one ticket's alone
+        torch.testing.assert_close(shared["classifier.weight"][k], own[k]["classifier.weight"][k])
+        assert (shared["classifier.weight"][k] != theta0["classifier.weight"][k]).any()
+    moved = torch.stack([one["features.3.weight"] != theta0["features.3.weight"] for one in own])
+    two = moved.sum(0) == 2  # pruned from the third
+    assert two.any()
+    expected = sum(torch.where(m, o["features.3.weight"], 0) for m, o in zip(moved, own, strict=True)) / 2
+    torch.testing.assert_close(shared["features.3.weight"][two], expected[two])
+    assert torch.equal(shared["features.1.num_batches_tracked"], theta0["features.1.num_batches_tracked"])
+    assert torch.equal(extraction.weights_at(0.5)["features.0.weight"], shared["features.0.weight"])
+
+
+def test_the_learning_rate_falls_over_each_round_from_lr_to_nearly_nothing(tmp_path, parts, monkeypatch):
+    rates = []
+    original = module.step
+
+    def step(net, optimizer, *arguments):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return original(net, optimizer, *arguments)
+
+    monkeypatch.setattr(module, "step", step)
+    extract(
+        mlp(),
+        whole(parts.data),
+        PLAN,
+        dataclasses.replace(FIT, task=MultiClass(), lr_schedule="cosine"),
+        quiet(tmp_path),
+    )
+    steps = 2 * -(-120 // 16)
+    assert len(rates) == 3 * steps
+    assert rates[:steps] == rates[steps : 2 * steps]
+    assert rates[0] == FIT.lr
+    assert rates[steps // 2] == pytest.approx(FIT.lr / 2)
+    assert rates[steps - 1] < 0.02 * FIT.lr
+    assert all(a > b for a, b in pairwise(rates[:steps]))

@@ -21,6 +21,9 @@ from rtl.tasks import OneVsRest
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": float("inf")}, "lr is inf"),
         ({"schedule": "mixd"}, "schedule is 'mixd', expected one of sequential, mixed"),
+        ({"masked": "weights"}, "masked is 'weights', expected one of update, gradient"),
+        ({"lr_schedule": "linear"}, "lr_schedule is 'linear', expected one of constant, cosine"),
+        ({"augment": "flip"}, "augment is 'flip', expected one of none, crop_flip"),
         ({"batch_norm": "none"}, "batch_norm is 'none', expected one of per_ticket, shared"),
         ({"batch_norm": "shared", "affine_per_ticket": True}, "affine_per_ticket is True with batch_norm 'shared'"),
     ],
@@ -64,7 +67,7 @@ def test_rewinding_puts_back_weights_and_statistics_but_not_masks():
     kept = digest(theta0)
     net.banks = {layer: rk.MaskBank.from_dense(bank.to_dense() & False) for layer, bank in net.banks.items()}
     net.train()
-    step(net, new_optimizer(net, Fit(lr=0.1)), OneVsRest(), parts, [(0, 0, torch.arange(12))])
+    step(net, new_optimizer(net, Fit(lr=0.1)), Fit(), parts, [(0, 0, torch.arange(12))])
     assert digest(state(net)) != kept
     rewind(net, theta0)
     assert digest(state(net)) == kept == digest(theta0)
@@ -78,7 +81,7 @@ def test_a_mixed_step_follows_the_mean_loss_of_all_its_samples():
     apart = [
         OneVsRest().losses(_logits(net, parts, m, i), OneVsRest().target(parts, k, i), _full(k, i)) for m, k, i in batch
     ]
-    loss = step(net, new_optimizer(net, Fit()), OneVsRest(), parts, batch)
+    loss = step(net, new_optimizer(net, Fit()), Fit(), parts, batch)
     torch.testing.assert_close(loss, torch.cat(apart).mean())
 
 
@@ -87,10 +90,10 @@ def test_an_untied_step_moves_each_ticket_as_its_own_mean_loss_would():
     together = rk.nn.untie(masked_copy(Wide(mlp()), 2, "shared"))
     batch = [(0, 0, parts[0][:4]), (1, 2, parts[1][:12])]
     optimizer = torch.optim.SGD(together.parameters(), lr=1.0)
-    step(together, optimizer, OneVsRest(), parts, batch)
+    step(together, optimizer, Fit(), parts, batch)
     for mask, ticket, index in batch:
         alone = masked_copy(Wide(mlp()), 1, "shared")
-        step(alone, torch.optim.SGD(alone.parameters(), lr=1.0), OneVsRest(), parts, [(0, ticket, index)])
+        step(alone, torch.optim.SGD(alone.parameters(), lr=1.0), Fit(), parts, [(0, ticket, index)])
         for name, module in alone.masked_modules().items():
             torch.testing.assert_close(together.masked_modules()[name].weight[mask], module.weight, rtol=0, atol=1e-12)
 

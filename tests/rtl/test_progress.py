@@ -1,6 +1,7 @@
 """rtl.progress: plain lines, bars on a terminal, events of other processes."""
 
 import io
+import time
 
 import pytest
 
@@ -123,3 +124,50 @@ def test_a_task_of_no_steps_is_shown():
     with Progress(stream=stream, every=0).task("cat", 0):
         pass
     assert "finished 0/0" in stream.getvalue()
+
+
+# The whole
+
+
+def test_the_whole_adds_up_its_tasks_and_says_what_runs_and_when_it_ends(clock, monkeypatch):
+    monkeypatch.setattr(progress.time, "time", lambda: 0.0)
+    monkeypatch.setattr(progress.time, "localtime", time.gmtime)
+    stream = io.StringIO()
+    show = Progress(stream=stream, every=5)
+    with show.whole("run", 1000, 200), show.task("cat", 8, unit=50) as cat, show.task("dog", 4, unit=100) as dog:
+        for _ in range(2):
+            clock[0] += 60
+            cat.advance(note="loss 0.3")
+            dog.advance()
+        clock[0] += 60
+        cat.skip(2)
+        clock[0] += 60
+        cat.advance()
+    lines = stream.getvalue().splitlines()
+    assert "cat: started, 0/8" in lines
+    assert not any(line.startswith("cat: 1/8") for line in lines)  # the whole says it
+    # 200 were done before and 100 are skipped: 350 in 240 s leave 250 - 0 of them to do at that pace
+    assert "run: 65.0%, 4 min 00 s elapsed, about 4 min 00 s left (until Thu 00:04), cat 5/8, dog 2/4" in lines
+    assert lines[-1].startswith("run: finished 65.0% in 4 min 00 s")
+
+
+def test_the_whole_hears_of_tasks_in_other_processes(clock):
+    stream = io.StringIO()
+    show = Progress(stream=stream, every=5)
+    with show.whole("run", 100):
+        clock[0] += 10
+        show.show(Event("started", (7, 0), "cat", 0, 10, 0.0, unit=10))
+        clock[0] += 10
+        show.show(Event("running", (7, 0), "cat", 4, 10, 10.0, unit=10))
+        clock[0] += 10
+        show.show(Event("finished", (7, 0), "cat", 10, 10, 20.0, unit=10))
+    assert stream.getvalue().splitlines()[-1].startswith("run: finished 100.0%")
+
+
+def test_what_a_resumed_task_skips_does_not_quicken_its_pace(clock):
+    stream = io.StringIO()
+    with Progress(stream=stream, every=5).task("cat", 10) as task:
+        task.skip(6)
+        clock[0] += 10
+        task.advance()
+    assert "cat: 7/10, 10.0 s elapsed, about 30.0 s left" in stream.getvalue()

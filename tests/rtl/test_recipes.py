@@ -1,6 +1,7 @@
 """rtl.recipes and rtl.baselines: one θ0, equal numbers of samples, masks shared by IMP multiple and nothing else."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -21,9 +22,12 @@ from rtl.extract import Extraction, PrunePlan, extract
 from rtl.fit import Fit, digest
 from rtl.partition import by_label, whole
 from rtl.predict import Inputs
+from rtl.progress import Progress
 from rtl.recipes import RECIPES, Classification, recipe
 from rtl.recipes.classification import METHODS, load, new_model, run_classification
+from rtl.recipes.published import clusters, published
 from rtl.retrain import retrain
+from rtl.run import Run
 from rtl.tasks import MultiClass
 from rtl.tickets import TicketNetwork
 
@@ -116,6 +120,7 @@ def test_the_digits_recipe_is_the_demo():
     ("name", "protocol", "message"),
     [
         ("digit", None, "recipe is 'digit', expected one of digits, cifar10"),
+        ("cifar100", "reduced", "protocol is 'reduced', expected one of quick, paper"),
         ("digits", "paper", "protocol is 'paper', expected one of quick"),
         ("cifar10", "fast", "protocol is 'fast', expected one of reduced, quick, paper"),
     ],
@@ -137,6 +142,14 @@ def test_an_unknown_recipe_or_protocol_is_refused(name, protocol, message):
         ({"round_epochs": 0}, "epochs is 0"),
         ({"retrain_epochs": 0}, "epochs is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"holdout": 0.6}, "holdout is 0.6, expected a fraction from 0 to 0.5"),
+        ({"start": "end"}, "start is 'end'"),
+        ({"switches": ("schedule",)}, "switches holds 'schedule', expected NAME=VALUE"),
+        ({"switches": ("seeds=3",)}, "switches holds 'seeds=3', expected NAME=VALUE"),
+        ({"switches": ("model=ghostnet",)}, "switches holds 'model=ghostnet', expected NAME=VALUE"),
+        ({"switches": ("schedule=mixd",)}, "schedule is 'mixd'"),
+        ({"switches": ("lr=fast",)}, "switches holds 'lr=fast', but lr is a number"),
+        ({"switches": ("schedule=sequential",)}, "which schedule is anyway"),
     ],
 )
 def test_a_bad_setting_is_refused_when_the_configuration_is_made(changed, message):
@@ -152,6 +165,76 @@ def test_a_variant_names_what_differs_for_the_methods_it_differs_for():
     assert config.variant("imp_single") == config.variant("dense") == ""
     assert config.fit("rtl", 1).schedule == "mixed"
     assert config.fit("imp_multiple", 1).schedule == "sequential"
+
+
+@pytest.mark.parametrize(
+    ("changed", "method", "variant"),
+    [
+        ({"lr": 0.5}, "dense", "lr=0.5"),
+        ({"lr": 0.5, "round_epochs": 3}, "rtl", "round_epochs=3,lr=0.5"),
+        ({"round_epochs": 3}, "dense", ""),
+        ({"sparsities": (0.5,), "seeds": (7,), "methods": ("rtl",)}, "rtl", ""),  # they choose rows
+        ({"sparsities": (0.5, 0.6)}, "rtl", "sparsities=0.6"),  # a round is cut short where it is not otherwise
+        ({"sparsities": (0.5, 0.6)}, "dense", ""),
+        ({"masked": "gradient", "start": "extracted"}, "imp_single", "start=extracted"),
+        ({"train_files": 2}, "imp_single", "train_files=2"),
+    ],
+)
+def test_whatever_differs_from_the_protocol_is_named_for_the_methods_it_matters_to(changed, method, variant):
+    assert dataclasses.replace(recipe("cifar10", "quick"), **changed).variant(method) == variant
+
+
+def test_every_recipe_and_protocol_as_it_is_has_only_its_own_name():
+    for name, protocol in [(n, None) for n in RECIPES] + [("cifar10", "quick"), ("cifar10", "paper")]:
+        config = recipe(name, protocol)
+        for method in METHODS:
+            assert config.variant(method) == ("tuned" if name == "cifar10-tuned" else "")
+
+
+def test_masks_do_not_depend_on_which_sparsities_are_asked_for():
+    config = recipe("cifar10", "quick")
+    some = dataclasses.replace(config, sparsities=(0.5,))
+    assert some.plan.rounds(125_832) == config.plan.rounds(125_832)[: len(some.plan.rounds(125_832))]
+    assert some.plan.until == 0.5
+
+
+def test_the_papers_rows_are_those_of_its_tables():
+    rows = published("cifar10")
+    assert len(rows) == len(published("cifar100")) == 9
+    (row,) = [r for r in rows if (r["method"], r["sparsity"]) == ("imp_multiple", 0.75)]
+    assert row == {
+        "method": "imp_multiple",
+        "sparsity": 0.75,
+        "rule": "threshold",
+        "balanced_accuracy": 0.760,
+        "precision": 0.262,
+        "recall": 0.766,
+        "params": 314_000,
+    }
+    for row in rows:  # PAPER's reading: the single model's balanced accuracy follows from its recall under argmax
+        assert row["rule"] == ("argmax" if row["method"] == "imp_single" else "threshold")
+        if row["rule"] == "argmax":
+            expected = (row["recall"] + 1 - (1 - row["recall"]) / 9) / 2
+            assert row["balanced_accuracy"] == pytest.approx(expected, abs=0.001)
+
+
+def test_the_papers_clusters_hold_every_class_of_cifar_100_once():
+    groups = clusters("cifar100")
+    members = [name for group in groups.values() for name in group]
+    assert len(groups) == 8
+    assert len(members) == len(set(members)) == 100
+    with pytest.raises(InputError, match="dataset is 'cifar10', but the paper has clusters of 'cifar100' alone"):
+        clusters("cifar10")
+    root = os.environ.get("RTL_DATA")
+    if not root or not (Path(root) / "cifar100").is_dir():
+        pytest.skip("needs CIFAR-100: set RTL_DATA to a data root that holds cifar100")
+    train, test = load(dataclasses.replace(recipe("cifar100"), train_files=1), None)
+    fine, _ = rtl.data.cifar100(None, parts=1)
+    assert train.class_names == test.class_names == tuple(groups)
+    for label in range(100):  # every image has the label of its class's cluster
+        (cluster,) = train.targets[fine.targets == label].unique().tolist()
+        assert fine.class_names[label] in groups[train.class_names[cluster]]
+    assert test.targets.bincount().tolist() == [50 * len(group) for group in groups.values()]
 
 
 def test_training_files_of_data_without_files_are_refused():
@@ -311,8 +394,14 @@ def test_the_first_seeds_routers_are_left_beside_its_tickets(experiment):
 def test_stopping_on_collapse_is_a_setting_and_a_variant():
     config = dataclasses.replace(SMALL, stop_on_collapse=True)
     assert config.plan == dataclasses.replace(SMALL.plan, stop_on_collapse=True)
-    assert config.variant("rtl") == config.variant("imp_multiple") == "stop_on_collapse=True"
-    assert config.variant("imp_single") == config.variant("dense") == SMALL.variant("rtl") == ""
+    for method in METHODS:
+        added = set(config.variant(method).split(",")) - set(SMALL.variant(method).split(","))
+        assert added == ({"stop_on_collapse=True"} if method in ("rtl", "imp_multiple") else set())
+    assert SMALL.switched("stop_on_collapse=True") == config
+    with pytest.raises(InputError, match="stop_on_collapse is True or False"):
+        SMALL.switched("stop_on_collapse=1")
+    with pytest.raises(InputError, match="start is 'extracted' with stop_on_collapse True"):
+        dataclasses.replace(config, start="extracted")
 
 
 def test_details_hold_per_class_metrics_of_every_row_and_the_first_seeds_similarity(experiment):
@@ -372,3 +461,124 @@ def test_methods_can_be_left_out(tmp_path, experiment, methods):
 
 def test_configurations_are_classifications():
     assert all(isinstance(make(), Classification) for make in RECIPES.values())
+
+
+# Switches, calibration and unequal subsets, on one class fewer
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """An experiment with switches on 20, 60 and 100 digits: its run, data, settings without switches, and results."""
+    train, test = digits()
+    chosen = torch.cat([(train.targets == k).nonzero().flatten()[: 20 + 40 * k] for k in range(3)])
+    train, test = train.select(chosen), test.select((test.targets < 3).nonzero().flatten())
+    data = [dataclasses.replace(d, class_names=("0", "1", "2")) for d in (train, test)]
+    switches = ("schedule=mixed", "batch_norm=shared", "trained=dense", "start=extracted", "lr=0.01")
+    base = dataclasses.replace(
+        SMALL, seeds=(0,), sparsities=(0.5,), remove=0.3
+    )  # two rounds: the first is dense anyway
+    base = dataclasses.replace(base, methods=("rtl", "imp_single", "imp_multiple"))
+    run = quiet(tmp_path_factory.mktemp("switches"))
+    return run, data, base, run_classification(dataclasses.replace(base, switches=switches), run, *data)
+
+
+def test_switches_are_rows_of_their_own_for_the_methods_they_matter_to(unequal):
+    own = base_variant = unequal[2].variant("rtl")
+    found = [(r["method"], r["variant"].removeprefix(base_variant).strip(",")) for r in unequal[3][0]]
+    changed = [r["variant"] for r in unequal[3][0]]
+    assert len(set(zip([m for m, _ in found], changed, strict=True))) == len(found)
+    assert len([m for m, _ in found if m == "rtl"]) == 6
+    assert len([m for m, _ in found if m == "imp_single"]) == 4  # of batch norm and schedule it has no choice
+    assert len([m for m, _ in found if m == "imp_multiple"]) == 5
+    assert any("trained=dense" in v for v in changed)
+    assert changed[0] == own
+
+
+def test_switches_that_leave_masks_alone_share_them_and_change_the_result(unequal):
+    folder = unequal[0].path / "seed-0"
+    assert {p.parent.parent.relative_to(folder).parts for p in folder.glob("**/extract/config.json")} == {
+        ("rtl",),
+        ("imp_single",),
+        *((switch, method) for switch in ("trained=dense", "lr=0.01") for method in ("rtl", "imp_single")),
+    }
+    rows = {(r["method"], r["variant"]): r for r in unequal[3][0]}
+    base = rows["rtl", unequal[2].variant("rtl")]
+    for (method, variant), row in rows.items():
+        if method == "rtl" and row is not base:
+            assert row["metrics"] != base["metrics"], variant
+            same = "trained" not in variant and "lr" not in variant
+            assert (row["metrics"]["similarity"] == base["metrics"]["similarity"]) == same
+
+
+def test_the_rows_without_switches_are_those_of_a_run_without(unequal, tmp_path):
+    _, data, base, (rows, details) = unequal
+    alone, own = run_classification(base, quiet(tmp_path), *data)
+    plain = [r for r in rows if r["variant"] == base.variant(r["method"])]
+    without = [{k: v for k, v in r.items() if k != "seconds"} for r in plain]
+    assert without == [{k: v for k, v in r.items() if k != "seconds"} for r in alone]
+    assert details["similarity"] == own["similarity"]
+
+
+def test_subsets_of_unequal_size_are_presented_equally_often_to_every_method(unequal):
+    run, _, base, (rows, _) = unequal
+    counts = {r["method"]: r["samples"] for r in rows if r["variant"] == base.variant(r["method"])}
+    assert counts["imp_single"] == pytest.approx(counts["rtl"], rel=0.1)
+    assert counts["imp_multiple"] == pytest.approx(counts["rtl"], rel=0.1)
+    trained = [json.loads(f.read_text()) for f in run.path.glob("seed-0/imp_multiple/*/retrain/0.5/network.json")]
+    epochs = [len(one["info"]["losses"]) for one in trained]
+    assert max(epochs) >= 3 * min(epochs)  # the small subset's network alone repeats it as joint retraining does
+
+
+def test_scores_are_calibrated_on_samples_that_nothing_is_trained_on(unequal, tmp_path):
+    _, (train, test), base, _ = unequal
+    config = dataclasses.replace(base, holdout=0.25, methods=("rtl", "imp_single"))
+    rows, details = run_classification(config, quiet(tmp_path), train, test)
+    assert all("holdout=0.25" in row["variant"] for row in rows)
+    sizes = json.loads((tmp_path / "seed-0/rtl/extract/config.json").read_text())["subsets"]
+    assert sizes == {"0": 15, "1": 45, "2": 75}
+    for row, own in zip(rows, details["per_class"], strict=True):
+        assert row["metrics"]["balanced_accuracy.threshold"] != own["uncalibrated"]["balanced_accuracy.threshold"]
+
+
+def test_a_holdout_that_leaves_a_class_nothing_is_refused_before_anything_is_written(unequal, tmp_path):
+    _, (train, test), base, _ = unequal
+    with pytest.raises(InputError, match=r"holdout is 0\.01, which leaves a class of 20 samples with none on one side"):
+        run_classification(dataclasses.replace(base, holdout=0.01), quiet(tmp_path), train, test)
+    assert tree(tmp_path) == {}
+
+
+def test_the_whole_run_is_announced_and_ends_complete(unequal, tmp_path):
+    _, data, base, _ = unequal
+    stream = io.StringIO()
+    config = dataclasses.replace(base, switches=("schedule=mixed",))
+    run = Run(tmp_path, workers=1, progress=Progress(stream=stream))
+    run_classification(config, run, *data)
+    assert [line for line in stream.getvalue().splitlines() if line.startswith("digits: finished 100.0%")]
+    stream.truncate(0)
+    run_classification(config, run, *data)  # everything is loaded
+    assert [line for line in stream.getvalue().splitlines() if line.startswith("digits: finished 100.0%")]
+
+
+# A few of the real images
+
+
+@pytest.mark.parametrize("name", ["cifar100", "cifar10-switches", "cifar10-tuned"])
+def test_the_recipes_of_real_images_run_on_a_few_of_them(tmp_path, name):
+    config = recipe(name)
+    root = os.environ.get("RTL_DATA")
+    if not root or not (Path(root) / config.dataset).is_dir():
+        pytest.skip(f"needs {config.dataset}: set RTL_DATA to a data root that holds it")
+    config = dataclasses.replace(config, train_files=1, sparsities=(0.5,), remove=62_916, round_epochs=1)
+    config = dataclasses.replace(config, retrain_epochs=1, methods=config.methods[:2], batch_size=64)
+    config = dataclasses.replace(config, switches=config.switches and ("batch_norm=recalibrated", "scope=layer"))
+    train, test = (
+        data.select(torch.cat([(data.targets == k).nonzero().flatten()[:10] for k in range(len(data.class_names))]))
+        for data in load(config, None)
+    )
+    found, details = run_classification(config, quiet(tmp_path), train, test)
+    assert {row["method"] for row in found} == set(config.methods)
+    assert len(found) == len(config.methods) + len(config.switches)
+    for row in found:
+        assert row["params"] == (62_916 if row["method"] == "imp_single" else pytest.approx(75_000, abs=12_084))
+        assert all(0 <= value <= 1 for value in row["metrics"].values())
+    assert details["class_names"] == (tuple(clusters("cifar100")) if name == "cifar100" else train.class_names)

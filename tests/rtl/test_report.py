@@ -11,7 +11,17 @@ from rtl.collapse import Alarm
 from rtl.curve import Curve
 from rtl.diagnose import Similarity
 from rtl.errors import InputError
-from rtl.report import environment, markdown, read_results, summary, write_results
+from rtl.recipes.published import published
+from rtl.report import (
+    beside_published,
+    environment,
+    markdown,
+    merged,
+    read_results,
+    summary,
+    write_into,
+    write_results,
+)
 
 
 def row(method="rtl", sparsity=0.5, seed=0, variant="", **metrics):
@@ -58,24 +68,123 @@ def test_a_line_is_the_mean_and_standard_deviation_over_seeds_of_one_method_vari
     rows = [row(seed=s, accuracy=v) for s, v in enumerate((0.5, 0.6, 0.9))]
     rows += [row(sparsity=0.75), row(variant="schedule=mixed"), row("imp_multiple")]
     head, *lines = summary(rows)
-    assert [line[:2] for line in lines] == [
-        ["RTL", "50%"],
-        ["RTL", "75%"],
-        ["RTL (schedule=mixed)", "50%"],
-        ["IMP multiple", "50%"],
+    assert [line[:3] for line in lines] == [
+        ["RTL", "quick", "50%"],
+        ["RTL", "quick", "75%"],
+        ["RTL (schedule=mixed)", "quick", "50%"],
+        ["IMP multiple", "quick", "50%"],
     ]
     first = dict(zip(head, lines[0], strict=True))
     assert first["accuracy"] == f"{2 / 3:.3f} ± {statistics.stdev([0.5, 0.6, 0.9]):.3f}" == "0.667 ± 0.208"
     assert first["#Params"] == "12,346"
     assert first["samples"] == "1,000"
     assert first["seconds"] == "2"
+    assert first["samples/s"] == "400"
+    assert first["BN params"] == "10"
+
+
+def test_protocols_are_told_apart():
+    rows = [row(), row() | {"protocol": "paper"}, row(seed=1) | {"protocol": "paper"}]
+    assert [line[:3] for line in summary(rows)[1:]] == [["RTL", "quick", "50%"], ["RTL", "paper", "50%"]]
+
+
+# Beside the paper
+
+OURS = {
+    "balanced_accuracy.threshold": 0.7,
+    "balanced_accuracy.argmax": 0.6,
+    "precision.threshold": 0.2,
+    "precision.argmax": 0.4,
+    "recall.threshold": 0.9,
+    "recall.argmax": 0.5,
+}
+
+
+def test_our_figures_stand_beside_the_papers_under_the_papers_rule():
+    rows = [row("rtl", **OURS), row("imp_single", **OURS), row("rtl", 0.9, **OURS), row("dense", 0.0, **OURS)]
+    head, *lines = beside_published(rows, published("cifar10"))
+    tickets, single = (dict(zip(head, line, strict=True)) for line in lines)
+    assert (tickets["method"], tickets["protocol"], tickets["sparsity"]) == ("RTL", "quick", "50%")
+    assert tickets["rule"] == "threshold"
+    assert [tickets[f"BA, {k}"] for k in ("ours", "paper", "difference")] == ["0.700", "0.778", "-0.078"]
+    assert [tickets[f"recall, {k}"] for k in ("ours", "paper", "difference")] == ["0.900", "0.810", "+0.090"]
+    assert [tickets[f"#Params, {k}"] for k in ("ours", "paper", "difference")] == ["12,345", "72,000", "-82.9%"]
+    assert single["rule"] == "argmax"
+    assert [single[f"precision, {k}"] for k in ("ours", "paper", "difference")] == ["0.400", "0.478", "-0.078"]
+
+
+def test_what_is_beside_the_paper_is_the_mean_over_seeds():
+    rows = [row("rtl", seed=s, **OURS | {"recall.threshold": value}) for s, value in enumerate((0.7, 0.8, 0.9))]
+    (_, line) = beside_published(rows, published("cifar10"))
+    assert "0.800" in line
+
+
+def test_a_recipe_the_paper_has_no_table_of_has_none_here():
+    assert beside_published([row("rtl", **OURS)], published("digits")) == []
+
+
+# Several runs as one
+
+
+def results(*rows, recipe="digits", command="rtl run digits", **environment):
+    table = {"recipe": recipe, "command": command, "environment": {"torch": "2"} | environment, "rows": list(rows)}
+    return table, {"class_names": [], "per_class": [{"seed": r["seed"]} for r in rows]}
+
+
+def test_runs_of_one_recipe_become_one_table(details):
+    first, second = results(row(), date="1"), results(row(seed=1), row(seed=2), command="b", date="2")
+    table, together = merged([first, (second[0], second[1] | {"similarity": details["similarity"]})])
+    assert [r["seed"] for r in table["rows"]] == [0, 1, 2]
+    assert table["command"] == "rtl run digits && b"
+    assert table["environment"] == {"torch": "2", "date": "1 / 2"}
+    assert [r["seed"] for r in together["per_class"]] == [0, 1, 2]
+    assert together["similarity"] == details["similarity"]
+    assert len(first[0]["rows"]) == 1  # what was given is left as it was
+
+
+def test_one_run_merged_is_itself(table, details):
+    assert merged([(table, details)]) == (table, details)
+
+
+def test_an_environment_value_two_of_three_runs_share_is_named_once():
+    runs = [results(row(seed=s), date=d) for s, d in enumerate(("1", "2", "1"))]
+    assert merged(runs)[0]["environment"]["date"] == "1 / 2"
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (results(row(seed=1), recipe="cifar10"), "runs are of 'digits' and of 'cifar10', expected one recipe"),
+        (results(row()), r"runs have a row twice, \('rtl', 'quick', '', 0.5, 0\): leave one of them out"),
+    ],
+)
+def test_runs_that_cannot_be_one_are_refused(second, message):
+    with pytest.raises(InputError, match=message):
+        merged([results(row()), second])
+
+
+def test_both_tables_are_put_between_their_marks(tmp_path):
+    table = results(row("rtl", **OURS), recipe="cifar10")[0] | {"published": published("cifar10")}
+    document = tmp_path / "README.md"
+    marks = "<!-- table: cifar10 -->\nold\n<!-- end -->\nb\n"
+    document.write_text(f"a\n{marks}<!-- published: cifar10 -->\n<!-- end -->\nc\n")
+    write_into(document, table)
+    ours, paper = markdown(summary(table["rows"])), markdown(beside_published(table["rows"], table["published"]))
+    assert "0.778" in paper
+    assert document.read_text() == (
+        f"a\n<!-- table: cifar10 -->\n{ours}<!-- end -->\nb\n<!-- published: cifar10 -->\n{paper}<!-- end -->\nc\n"
+    )
+    document.write_text(marks)  # a document need not have the second
+    write_into(document, table)
+    assert document.read_text() == f"<!-- table: cifar10 -->\n{ours}<!-- end -->\nb\n"
 
 
 def test_one_seed_has_no_spread_and_a_missing_metric_is_a_dash():
-    head, line = summary([row()])
+    head, line, _ = summary([row(), row("imp_multiple", similarity=0.5)])
     cells = dict(zip(head, line, strict=True))
     assert cells["accuracy"] == "0.900"
     assert cells["similarity"] == "–"
+    assert "PSNR" not in head  # no row has one
 
 
 def test_markdown_is_a_table_with_figures_to_the_right():

@@ -1,5 +1,7 @@
 """rtl.retrain: Algorithm 2 — whose turn it is, what may move, and the same weights after any interruption."""
 
+import dataclasses
+import math
 import sys
 
 import pytest
@@ -13,7 +15,7 @@ import rtl_kernels as rk
 from rtl.errors import InputError
 from rtl.fit import Fit, digest, masked_copy
 from rtl.partition import by_label, whole
-from rtl.retrain import retrain, schedule
+from rtl.retrain import presented, retrain, schedule
 from rtl.tasks import MultiClass, OneVsRest
 from rtl.tickets import TicketMasks
 
@@ -237,6 +239,97 @@ def test_batch_norm_statistics_are_of_each_tickets_own_samples_unless_shared(tmp
     assert means["shared"].shape == (4,)
     assert means["per_ticket"].shape == (3, 4)
     assert (means["per_ticket"][0] - means["per_ticket"][1]).abs().max() > 1e-4
+
+
+def test_recalibrated_statistics_are_each_tickets_own_under_weights_trained_with_shared_ones(tmp_path):
+    parts, model = by_label(images()), seeded(TinyConv)
+    masks = random_masks(model)
+    fits = {mode: Fit(epochs=2, batch_size=16, lr=0.01, batch_norm=mode) for mode in ("shared", "recalibrated")}
+    shared, net = (retrain(model, masks, parts, fit, quiet(tmp_path / mode)) for mode, fit in fits.items())
+    for (name, trained), (other, kept) in zip(shared.net.named_parameters(), net.net.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(trained, kept)
+    # Of the first norm, whose inputs no other norm's statistics change: the mean over the recalibration's batches.
+    norm, index = net.net.model.features[1], {}
+    generator = quiet(tmp_path / "recalibrated").child("retrain/0.5").generator("recalibrate", *masks.names)
+    for ((k, _, chosen),) in schedule(parts, [0, 1, 2], fits["recalibrated"], generator):
+        index.setdefault(k, []).append(chosen)
+    for k in range(3):
+        convolution = net.export(masks.names[k]).features[0]
+        outputs = [convolution(parts.data.inputs[chosen]) for chosen in index[k]]
+        expected = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+        torch.testing.assert_close(norm.running_mean[k], expected, rtol=1e-4, atol=1e-5)
+        expected = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
+        torch.testing.assert_close(norm.running_var[k], expected, rtol=1e-4, atol=1e-5)
+    assert norm.momentum == 0.1
+    assert net.samples == shared.samples + shared.samples // 2  # one more epoch is presented
+    again = retrain(model, masks, parts, fits["recalibrated"], quiet(tmp_path / "recalibrated"))  # loaded
+    assert digest(again.state_dict()) == digest(net.state_dict())
+
+
+def plain_adam(model, masks, parts, fit, run):
+    """θ after Algorithm 2 with the gradient masked and the update left to Adam, in plain PyTorch."""
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.Adam(parameters.values(), lr=fit.lr)
+    for number in range(fit.epochs):
+        for ((k, subset, index),) in schedule(parts, [0, 1, 2], fit, run.generator("retrain", *masks.names, number)):
+            keep = {f"{layer}.weight": mask for layer, mask in dense_masks(masks.banks, k).items()}
+            masked = {name: p * keep[name] if name in keep else p for name, p in parameters.items()}
+            logit = functional_call(model, masked, (parts.data.inputs[index],))[:, subset]
+            optimizer.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(logit, (parts.index[index] == subset).double()).backward()
+            optimizer.step()
+    return parameters
+
+
+def test_masked_gradients_alone_let_adam_move_what_a_ticket_has_pruned(tmp_path, parts):
+    masks, fit = random_masks(Wide(mlp())), dataclasses.replace(FIT, masked="gradient")
+    run = quiet(tmp_path).child("retrain/0.5")
+    net = retrain(Wide(mlp()), masks, parts, fit, quiet(tmp_path))
+    expected = plain_adam(Wide(mlp()), masks, parts, fit, run)
+    for name, value in expected.items():
+        torch.testing.assert_close(net.net.model.get_parameter(name), value, rtol=0, atol=1e-8)
+    update = retrain(Wide(mlp()), masks, parts, FIT, quiet(tmp_path / "update"))
+    ours, theirs = (dict(n.net.model.named_parameters()) for n in (net, update))
+    assert max((ours[name] - theirs[name]).abs().max() for name in expected) > 1e-3
+
+
+def test_the_learning_rate_falls_over_the_whole_retraining_and_resumes_where_it_was(tmp_path, parts, monkeypatch):
+    rates, fit = [], dataclasses.replace(FIT, lr_schedule="cosine")
+    with monkeypatch.context() as patch:
+        watch_steps(patch, before=lambda net, optimizer, _: rates.append(optimizer.param_groups[0]["lr"]))
+        expected = retrain(mlp(), random_masks(mlp()), parts, fit, quiet(tmp_path / "whole"))
+    assert rates == pytest.approx([FIT.lr * (1 + math.cos(math.pi * i / 45)) / 2 for i in range(45)])
+    run = quiet(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(mlp(), random_masks(mlp()), parts, fit, run, checkpoint_seconds=0)
+    resumed = retrain(mlp(), random_masks(mlp()), parts, fit, run, checkpoint_seconds=0)
+    assert digest(resumed.state_dict()) == digest(expected.state_dict())
+
+
+def test_augmented_samples_are_the_same_after_an_interruption_and_change_the_weights(tmp_path, monkeypatch):
+    parts, model = by_label(images()), seeded(TinyConv)
+    fit = Fit(epochs=3, batch_size=16, lr=0.01, augment="crop_flip")
+    expected = retrain(model, random_masks(model), parts, fit, quiet(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 14)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(model, random_masks(model), parts, fit, quiet(tmp_path / "run"), checkpoint_seconds=0)
+    resumed = retrain(model, random_masks(model), parts, fit, quiet(tmp_path / "run"), checkpoint_seconds=0)
+    assert digest(resumed.state_dict()) == digest(expected.state_dict())
+    plain = retrain(model, random_masks(model), parts, dataclasses.replace(fit, augment="none"), quiet(tmp_path / "p"))
+    assert digest(plain.state_dict()) != digest(expected.state_dict())
+
+
+def test_presented_counts_what_an_epoch_gives_each_subset(parts):
+    found = presented(parts, [0, 1, 2], FIT)
+    counted = dict.fromkeys((0, 1, 2), 0)
+    for ((_, subset, index),) in epoch(parts, [0, 1, 2], FIT):
+        counted[subset] += len(index)
+    assert found == counted
+    assert presented(parts, [1], FIT) == {1: 70}
 
 
 # Resuming

@@ -10,7 +10,6 @@ repeat until every m_k has the target sparsity:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -131,7 +130,7 @@ class Extraction:
         self.run.configure(
             {
                 "plan": plan,
-                "fit": dataclasses.asdict(fit) | {"task": fit.task.name},
+                "fit": fit.described(),
                 "subsets": parts.counts(),
                 "data": parts.fingerprint,
                 "theta0": digest(model.state_dict()),

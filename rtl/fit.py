@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +59,12 @@ class Fit:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.affine_per_ticket and self.batch_norm != "per_ticket":
             raise InputError("affine_per_ticket is True with batch_norm 'shared', expected 'per_ticket'")
+
+    def described(self) -> dict[str, Any]:
+        """Plain values: all of it, the task by its name and what it was given."""
+        fields = dataclasses.asdict(self)
+        given = fields["task"]
+        return fields | {"task": {"name": self.task.name, **given} if given else self.task.name}
 
 
 def masked_copy(

@@ -9,7 +9,6 @@ for each epoch:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -55,7 +54,7 @@ def retrain(
     run = run.child(f"retrain/{tickets.sparsity:g}")
     run.configure(
         {
-            "fit": dataclasses.asdict(fit) | {"task": fit.task.name},
+            "fit": fit.described(),
             "tickets": tickets.names,
             "subsets": parts.counts(),
             "data": parts.fingerprint,

@@ -1,13 +1,15 @@
 """What a ticket learns: which samples one epoch draws for it, their targets, and the loss.
 
 A task is stateless. `draw` gives the sample positions of one epoch, `target` what they should give, `losses` one loss a
-sample from the model's output; `ticket` is always a position in the partition.
+sample from the model's output; `ticket` is always a position in the partition. A task without classes also says how
+its outputs are judged (`Measured`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,20 @@ class Task(Protocol):
 
     def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
         """One loss for each row, float (n,). `output` is the model's (n, ...), `ticket` int64 (n,)."""
+
+
+@runtime_checkable
+class Measured(Task, Protocol):
+    """A task whose samples are each judged by one number."""
+
+    @property
+    def metric(self) -> str:
+        """The name of the figure, from DESIGN's vocabulary."""
+
+    def measure(self, output: Tensor, target: Tensor) -> Tensor:
+        """One number for each row, float (n,). `summary` turns its mean over any set of samples into the figure."""
+
+    def summary(self, mean: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,7 @@ class Regression:
     """Squared error on the data's float targets, over the ticket's subset; a sample's loss is its mean."""
 
     name = "regression"
+    metric = "mse"
 
     def draw(self, parts: Partition, ticket: int, generator: torch.Generator) -> Tensor:
         return _shuffled(parts[ticket], generator)
@@ -90,12 +107,67 @@ class Regression:
         return parts.data.targets[index]
 
     def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
-        if output.shape != target.shape:
-            raise InputError(f"targets have shape {tuple(target.shape)}, but the model gives {tuple(output.shape)}")
-        return (output - target).square().flatten(1).mean(1)
+        return _squared_errors(output, target)
+
+    def measure(self, output: Tensor, target: Tensor) -> Tensor:
+        return _squared_errors(output, target)
+
+    def summary(self, mean: float) -> float:
+        return mean
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (OneVsRest(), MultiClass(), Regression())}
+@dataclass(frozen=True)
+class Pixels:
+    """Colours, with 1 for white, at the pixels of the ticket's region: squared error, judged by PSNR in dB.
+
+    Args:
+        samples: pixels an epoch presents, so that regions of any size take equally many steps: all of the region in
+            random order, again and again. None: each pixel once.
+
+    Raises:
+        InputError: samples below 1.
+    """
+
+    samples: int | None = None
+    name = "pixels"
+    metric = "psnr"
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise InputError(f"samples is {self.samples}, expected 1 or more, or None")
+
+    def draw(self, parts: Partition, ticket: int, generator: torch.Generator) -> Tensor:
+        region = parts[ticket]
+        samples = len(region) if self.samples is None else self.samples
+        passes = -(-samples // max(len(region), 1))
+        return torch.cat([_shuffled(region, generator) for _ in range(passes)])[:samples]
+
+    def target(self, parts: Partition, ticket: int, index: Tensor) -> Tensor:
+        return parts.data.targets[index]
+
+    def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
+        return _squared_errors(output, target)
+
+    def measure(self, output: Tensor, target: Tensor) -> Tensor:
+        """Of what is shown: colours outside [0, 1] are cut off."""
+        return _squared_errors(output.clamp(0, 1), target)
+
+    def summary(self, mean: float) -> float:
+        return psnr(mean)
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error, the peak being 1; a perfect picture has 100 dB."""
+    return -10 * math.log10(max(mse, 1e-10))
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (OneVsRest(), MultiClass(), Regression(), Pixels())}
+
+
+def _squared_errors(output: Tensor, target: Tensor) -> Tensor:
+    if output.shape != target.shape:
+        raise InputError(f"targets have shape {tuple(target.shape)}, but the model gives {tuple(output.shape)}")
+    return (output - target).square().flatten(1).mean(1)
 
 
 def _shuffled(index: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@ and by `recipe` how to make another: the function here and its arguments.
 """
 
 from rtl.models.ghostnet import GhostNet, ghostnet
+from rtl.models.inr import INR, inr
 from rtl.models.small import MLP, SmallConv, mlp, small_conv
 
-__all__ = ["MLP", "GhostNet", "SmallConv", "ghostnet", "mlp", "small_conv"]
+__all__ = ["INR", "MLP", "GhostNet", "SmallConv", "ghostnet", "inr", "mlp", "small_conv"]

@@ -5,33 +5,25 @@ A recipe is a function that returns a frozen `Classification`; `run_classificati
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 import rtl.models
-from rtl import baselines
 from rtl.data import Data, cifar10, data_root, digits
-from rtl.diagnose import diagnose, similarity
+from rtl.diagnose import diagnose
 from rtl.errors import InputError
-from rtl.evaluate import evaluate
-from rtl.extract import Extraction, PrunePlan, extract_all
+from rtl.extract import PrunePlan
 from rtl.fit import Fit, masked_copy
-from rtl.partition import Partition, by_label, whole
-from rtl.retrain import retrain
-from rtl.run import Artefact, Run
+from rtl.partition import by_label, whole
+from rtl.recipes.experiment import METHODS, Details, Method, Row, Trial, check_choices, row, run_trials, variant
+from rtl.run import Run
 from rtl.tasks import MultiClass, OneVsRest
-from rtl.tickets import TicketMasks, TicketNetwork, Tickets
 
-Method = Literal["rtl", "imp_single", "imp_multiple", "dense"]
-Row = dict[str, Any]
-Details = dict[str, Any]
-METHODS: tuple[Method, ...] = ("rtl", "imp_single", "imp_multiple", "dense")
+__all__ = ["METHODS", "Classification", "load", "new_model", "run_classification"]
 
 
 @dataclass(frozen=True)
@@ -71,13 +63,7 @@ class Classification:
     batch_norm: Literal["per_ticket", "shared"] = "per_ticket"
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "methods", "sparsities"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise InputError(f"{name} is {values}, expected one or more different values")
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown:
-            raise InputError(f"methods holds {unknown[0]!r}, expected some of {', '.join(METHODS)}")
+        check_choices(self)
         _ = self.plan, self.fit("rtl", self.round_epochs), self.fit("rtl", self.retrain_epochs)  # their checks
 
     @property
@@ -86,9 +72,7 @@ class Classification:
 
     def variant(self, method: Method) -> str:
         """What differs from the defaults in a method's training, as the results' "variant" says it."""
-        settings = {"rtl": ("schedule", "batch_norm"), "imp_multiple": ("batch_norm",)}.get(method, ())
-        defaults = {"schedule": "sequential", "batch_norm": "per_ticket"}
-        return ",".join(f"{name}={getattr(self, name)}" for name in settings if getattr(self, name) != defaults[name])
+        return variant(self, method)
 
     def fit(self, method: Method, epochs: int) -> Fit:
         tickets = method in ("rtl", "imp_multiple")
@@ -140,26 +124,6 @@ def new_model(config: Classification, data: Data, run: Run) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """One network to retrain and evaluate."""
-
-    config: Classification
-    method: Method
-    run: Run
-    model: nn.Module
-    parts: Partition
-    masks: TicketMasks
-
-    def networks(self) -> list[TicketNetwork]:
-        """Retrained, or loaded if they are; IMP multiple has one a ticket."""
-        fit = self.config.fit(self.method, self.config.retrain_epochs)
-        if self.method == "imp_multiple":
-            names = self.masks.names
-            return [baselines.imp_multiple(self.model, self.masks, self.parts, fit, self.run, name) for name in names]
-        return [retrain(self.model, self.masks, self.parts, fit, self.run)]
-
-
 def run_classification(config: Classification, run: Run, train: Data, test: Data) -> tuple[list[Row], Details]:
     """Run the experiment, or resume it.
 
@@ -183,87 +147,31 @@ def run_classification(config: Classification, run: Run, train: Data, test: Data
     run.child("data").configure({"train": parts.fingerprint, "test": whole(test).fingerprint})
     runs = {seed: run.child(f"seed-{seed}", seed) for seed in config.seeds}
     models = {seed: new_model(config, train, one) for seed, one in runs.items()}
-
-    extractions: dict[tuple[int, Method], Extraction] = {}
-    for seed, one in runs.items():
-        needed: dict[Method, Partition] = {}
-        if "rtl" in config.methods or "imp_multiple" in config.methods:
-            needed["rtl"] = parts
-        if "imp_single" in config.methods:
-            needed["imp_single"] = whole(train)
-        for method, subsets in needed.items():
-            extractions[seed, method] = Extraction(
-                models[seed], subsets, config.plan, config.fit(method, config.round_epochs), one.child(method)
-            )
-    # The single model's chain of rounds is as long as ten tickets': first, so that no core waits for it at the end.
-    extract_all(sorted(extractions.values(), key=lambda e: len(e.parts)), run)
-
-    jobs: list[_Job] = []
-    found: dict[_Job, Tickets] = {}
-    for seed, one in runs.items():
-        for method in config.methods:
-            if method == "dense":
-                extraction = Extraction(
-                    models[seed], whole(train), PrunePlan(until=0.0), config.fit(method, 1), one.child(method)
-                )
-            else:
-                extraction = extractions[seed, "rtl" if method == "imp_multiple" else method]
-            tickets = extraction.tickets()
-            for masks in tickets.levels.values():
-                jobs.append(_Job(config, method, one.child(method), models[seed], extraction.parts, masks))
-                found[jobs[-1]] = tickets
-    work = functools.partial(_retrain_and_evaluate, jobs, test)
-    evaluations = run.map(work, range(len(jobs)), label="retrain and evaluate")
-    for job in jobs:
-        if job.method == "rtl" and job.run.seed == config.seeds[0]:
-            job.networks()[0].save_pretrained(run.path / "tickets" / f"{job.masks.sparsity:g}")
-    rows = [_row(job, found[job], done.info) for job, done in zip(jobs, evaluations, strict=True)]
+    trials = [
+        Trial(
+            method,
+            runs[seed],
+            models[seed],
+            parts if method in ("rtl", "imp_multiple") else whole(train),
+            config.fit("rtl" if method == "imp_multiple" else method, 1 if method == "dense" else config.round_epochs),
+            config.fit(method, config.retrain_epochs),
+            test,
+        )
+        for seed in config.seeds
+        for method in config.methods
+    ]
+    outcomes = run_trials(trials, config.plan, run)
+    for outcome in outcomes:
+        if outcome.trial.method == "rtl" and outcome.trial.run.seed == config.seeds[0]:
+            outcome.networks()[0].save_pretrained(run.path / "tickets" / f"{outcome.masks.sparsity:g}")
+    rows = [row(outcome, config.protocol, config.variant(outcome.trial.method)) for outcome in outcomes]
     names = {"class_names": parts.names}
     per_class = [
-        {key: row[key] for key in ("method", "sparsity", "seed")} | done.info["per_class"]
-        for row, done in zip(rows, evaluations, strict=True)
+        {key: one[key] for key in ("method", "sparsity", "seed")} | outcome.found["per_class"]
+        for one, outcome in zip(rows, outcomes, strict=True)
     ]
     details: Details = names | {"per_class": per_class}
-    first = next((job for job in jobs if job.method in ("rtl", "imp_multiple")), None)
+    first = next((outcome for outcome in outcomes if outcome.trial.method in ("rtl", "imp_multiple")), None)
     if first is not None:
-        details["similarity"] = {f"{level:g}": s.to_json() for level, s in diagnose(found[first]).items()}
+        details["similarity"] = {f"{level:g}": s.to_json() for level, s in diagnose(first.tickets).items()}
     return rows, details
-
-
-def _retrain_and_evaluate(jobs: Sequence[_Job], test: Data, _: Run, number: int) -> Artefact:
-    job = jobs[number]
-
-    def compute() -> Artefact:
-        networks = job.networks()
-        result = evaluate(networks if job.method == "imp_multiple" else networks[0], test)
-        return Artefact(
-            info={
-                "metrics": result.metrics,
-                "per_class": result.per_class,
-                "samples": sum(net.samples for net in networks),
-                "seconds": sum(net.seconds for net in networks),
-                "params": sum(net.params for net in networks),
-                "batch_norm_params": sum(net.batch_norm_params for net in networks),
-            }
-        )
-
-    return job.run.stage(f"evaluate/{job.masks.sparsity:g}", compute)
-
-
-def _row(job: _Job, tickets: Tickets, evaluation: Mapping[str, Any]) -> Row:
-    level = job.masks.sparsity
-    metrics = dict(evaluation["metrics"])
-    if len(job.masks.names) > 1:
-        metrics["similarity"] = similarity(job.masks).mean
-    return {
-        "method": job.method,
-        "protocol": job.config.protocol,
-        "variant": job.config.variant(job.method),
-        "sparsity": level,
-        "seed": job.run.seed,
-        "params": evaluation["params"],
-        "batch_norm_params": evaluation["batch_norm_params"],
-        "samples": tickets.samples[level] + evaluation["samples"],
-        "seconds": tickets.seconds[level] + evaluation["seconds"],
-        "metrics": metrics,
-    }

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from rtl.errors import InputError
 
@@ -65,7 +65,7 @@ def _dispatch(arguments: list[str]) -> int:
     run.add_argument("recipe", nargs="?")
     report = commands.add_parser("report", help="print a run's table", epilog="example: rtl report runs/digits")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    report.add_argument("--to", type=Path, metavar="DIR", help="write table, figures, tickets there (default: RUN)")
+    report.add_argument("--to", type=Path, metavar="DIR", help="write all results there (default: RUN)")
     report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
     # The options of `run` are the recipe's own settings, which only the recipe knows.
     own, rest = (arguments[:2], arguments[2:]) if arguments[:1] == ["run"] else (arguments, [])
@@ -107,7 +107,7 @@ def _show(name: str, protocol: str | None) -> int:
 
 
 def _run(name: str | None, arguments: list[str]) -> int:
-    from rtl.recipes import RECIPES, recipe
+    from rtl.recipes import RECIPES, load_data, recipe, run_recipe
 
     if name is None:
         if "-h" in arguments or "--help" in arguments:
@@ -120,17 +120,19 @@ def _run(name: str | None, arguments: list[str]) -> int:
         raise InputError(f"no recipe is given, expected one of {', '.join(RECIPES)}: for example rtl run digits")
     import tyro
 
-    from rtl.recipes.classification import Classification, load, run_classification
     from rtl.report import environment, write_results
     from rtl.run import Run
 
-    protocol = _value_of("--protocol", arguments)
+    # The protocol chooses the settings that the other options then change.
+    base = recipe(name, _value_of("--protocol", arguments))
+
+    Settings = TypeVar("Settings")
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
+    class Options(Generic[Settings]):
         """Run a recipe, or resume it: finished stages are loaded."""
 
-        config: tyro.conf.OmitArgPrefixes[Classification]
+        config: tyro.conf.OmitArgPrefixes[Settings]
         out: Path | None = None
         """Folder of the run (default: runs/RECIPE, with the protocol if it is not the first)."""
         data: Path | None = None
@@ -138,14 +140,13 @@ def _run(name: str | None, arguments: list[str]) -> int:
         workers: int | None = None
         """Worker processes (default: one a core)."""
 
-    # The protocol chooses the settings that the other options then change.
-    base = recipe(name, protocol)
     about = f"{(RECIPES[name].__doc__ or '').strip()}\n\nexample: rtl run {name} --seeds 0 1 --out runs/mine"
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
+            kind: Any = Options
             options = tyro.cli(
-                Options, prog=f"rtl run {name}", description=about, args=arguments, default=Options(base)
+                kind[type(base)], prog=f"rtl run {name}", description=about, args=arguments, default=Options(base)
             )
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
@@ -157,9 +158,9 @@ def _run(name: str | None, arguments: list[str]) -> int:
     first = RECIPES[name]().protocol
     out = options.out or Path("runs") / (name if config.protocol == first else f"{name}-{config.protocol}")
     run = Run(out, workers=options.workers)
-    data = load(config, options.data)
+    data = load_data(config, options.data)
     with run.lock():
-        rows, details = run_classification(config, run, *data)
+        rows, details = run_recipe(config, run, data)
         table: dict[str, Any] = {
             "recipe": name,
             "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
@@ -200,10 +201,11 @@ def _report(folder: Path, to: Path | None, into: Path | None) -> int:
     from rtl.run import write_atomically
 
     table, details = read_results(folder)
-    write_results(to or folder, table, details)
     if to is not None:
-        for file in [folder / "config.json", *sorted((folder / "tickets").glob("*/*"))]:
+        kept = [file for name in ("tickets", "examples") for file in sorted((folder / name).glob("*/*"))]
+        for file in [folder / "config.json", *kept]:
             write_atomically(to / file.relative_to(folder), file.read_bytes())
+    write_results(to or folder, table, details)
     if into is not None:
         write_into(into, table)
     print(table["command"])

@@ -189,7 +189,7 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
                     for index in split(order, fit.batch_size):
                         loss = float(step(net, optimizer, fit.task, parts, [(0, ticket, index)]))
                     samples += len(order)
-                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
+                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3g}")
                 weights = {layer: module.weight.detach() for layer, module in net.masked_modules().items()}
                 masks = prune(weights, {layer: bank.dense(0) for layer, bank in net.banks.items()}, keep)
                 return _artefact(masks, keep, samples, loss, time.perf_counter() - began)
@@ -221,7 +221,7 @@ def _extract_batched(extraction: Extraction) -> None:
                         for batch in _side_by_side(parts, [split(order, fit.batch_size) for order in orders]):
                             loss = float(step(net, optimizer, fit.task, parts, batch))
                         samples = [n + len(order) for n, order in zip(samples, orders, strict=True)]
-                        progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}")
+                        progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3g}")
                 seconds = (time.perf_counter() - began) / len(parts)
                 for ticket in tickets:
                     weights = {layer: m.weight.detach()[ticket] for layer, m in net.masked_modules().items()}

@@ -17,7 +17,7 @@ from rtl.errors import InputError
 from rtl.partition import Partition
 from rtl.tasks import OneVsRest, Task
 
-SCHEDULES = ("sequential", "mixed")
+SCHEDULES = ("sequential", "mixed", "pooled")
 BATCH_NORMS = ("per_ticket", "shared")
 
 
@@ -32,7 +32,8 @@ class Fit:
         task: what tickets learn.
         schedule: of joint retraining. "sequential": one ticket's batch a step, in turn (Algorithm 2 to the letter).
             "mixed": a step sees batch_size / K samples of every ticket at once, so that steps and samples of an epoch
-            are the same as in the sequential one.
+            are the same as in the sequential one. "pooled": what all tickets draw for an epoch is shuffled together and
+            presented once, so that a ticket is seen as often as it has samples, instead of as often as any other.
         batch_norm: "per_ticket" statistics or "shared" ones.
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
 

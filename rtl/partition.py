@@ -270,8 +270,9 @@ def by_region(data: Data, num_regions: int = 6, seed: int = 0, position: float =
         raise InputError(f"data {data.name!r} has {shapes}, but pixels, (N, 2) and (N, 3), are needed")
     features = PixelFeatures(position)
     points = _features(data, features)
-    if not 1 <= num_regions <= len(torch.unique(points, dim=0)):
-        raise InputError(f"num_regions is {num_regions}, but there are {len(data)} pixels, expected as many or fewer")
+    different = len(torch.unique(points, dim=0))
+    if not 1 <= num_regions <= different:
+        raise InputError(f"num_regions is {num_regions}, but there are {different} different pixels: give 1 to that")
     from sklearn.cluster import KMeans
 
     some = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:10_000]

@@ -123,24 +123,31 @@ class Pixels:
     Args:
         samples: pixels an epoch presents, so that regions of any size take equally many steps: all of the region in
             random order, again and again. None: each pixel once.
+        by_area: `samples` are of all regions together, each its share of the area.
 
     Raises:
-        InputError: samples below 1.
+        InputError: samples below 1, or none given to share by area.
     """
 
     samples: int | None = None
+    by_area: bool = False
     name = "pixels"
     metric = "psnr"
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
             raise InputError(f"samples is {self.samples}, expected 1 or more, or None")
+        if self.by_area and self.samples is None:
+            raise InputError("by_area is True with samples None, expected a number of pixels to share")
 
     def draw(self, parts: Partition, ticket: int, generator: torch.Generator) -> Tensor:
         region = parts[ticket]
         samples = len(region) if self.samples is None else self.samples
+        if self.by_area:  # rounded so that the shares of all regions add up
+            before, total = int((parts.index < ticket).sum()), len(parts.data)
+            samples = round(samples * (before + len(region)) / total) - round(samples * before / total)
         passes = -(-samples // max(len(region), 1))
-        return torch.cat([_shuffled(region, generator) for _ in range(passes)])[:samples]
+        return torch.cat([region[:0], *(_shuffled(region, generator) for _ in range(passes))])[:samples]
 
     def target(self, parts: Partition, ticket: int, index: Tensor) -> Tensor:
         return parts.data.targets[index]

@@ -6,4 +6,13 @@ from rtl.models.ghostnet import GhostNet, ghostnet
 from rtl.models.inr import INR, inr
 from rtl.models.small import MLP, SmallConv, mlp, small_conv
 
-__all__ = ["INR", "MLP", "GhostNet", "SmallConv", "ghostnet", "inr", "mlp", "small_conv"]
+__all__ = [
+    "INR",
+    "MLP",
+    "GhostNet",
+    "SmallConv",
+    "ghostnet",
+    "inr",
+    "mlp",
+    "small_conv",
+]

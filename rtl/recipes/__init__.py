@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from rtl.errors import InputError
-from rtl.recipes.classification import METHODS, Classification
+from rtl.recipes.classification import METHODS, Classification, load, run_classification
+from rtl.recipes.experiment import Details, Row
+from rtl.recipes.inr import Inr, load_pictures, run_inr
+from rtl.run import Run
 
-__all__ = ["RECIPES", "Classification", "recipe"]
+__all__ = ["RECIPES", "Classification", "Config", "Inr", "load_data", "recipe", "run_recipe"]
+
+Config = Classification | Inr
 
 
 def digits(protocol: str = "quick") -> Classification:
@@ -51,10 +58,56 @@ def cifar10(protocol: str = "reduced") -> Classification:
     )
 
 
-RECIPES: dict[str, Callable[..., Classification]] = {"digits": digits, "cifar10": cifar10}
+def inr(protocol: str = "reduced") -> Inr:
+    """A picture from its pixels' coordinates, a ticket a region (the paper's experiment 3). Images: --image FILE
+    (with --mask FILE, or regions are found), a folder of images with masks (--data), or scikit-learn's photographs."""
+    _one_of(protocol, "reduced", "paper")
+    reduced = protocol == "reduced"
+    return Inr(
+        recipe="inr",
+        protocol=protocol,
+        image=None,
+        mask=None,
+        images=(),
+        longest_side=160 if reduced else None,
+        regions=6,
+        seeds=(0,),
+        methods=("rtl", "imp_single", "dense"),
+        sparsities=(0.25, 0.5, 0.75, 0.9),
+        remove=13472 if reduced else 4096,
+        round_steps=500 if reduced else 10_000,
+        retrain_steps=1000 if reduced else 10_000,
+        batch_size=2048 if reduced else 16_384,  # the paper does not say how many
+        lr=0.01,
+    )
 
 
-def recipe(name: str, protocol: str | None = None) -> Classification:
+RECIPES: dict[str, Callable[..., Config]] = {"digits": digits, "cifar10": cifar10, "inr": inr}
+
+
+def load_data(config: Config, root: Path | None) -> Any:
+    """What `run_recipe` needs beside a configuration.
+
+    Args:
+        config: the recipe.
+        root: the data root; None: what the recipe then takes (see its description).
+
+    Raises:
+        InputError: the data is not where it should be, or the recipe cannot be run on it.
+    """
+    if isinstance(config, Inr):
+        return load_pictures(config, root)
+    return load(config, root)
+
+
+def run_recipe(config: Config, run: Run, data: Any) -> tuple[list[Row], Details]:
+    """Run a recipe in a folder, or resume it, on what `load_data` gave: the rows of table.json and the details."""
+    if isinstance(config, Inr):
+        return run_inr(config, run, data)
+    return run_classification(config, run, *data)
+
+
+def recipe(name: str, protocol: str | None = None) -> Config:
     """The configuration of a recipe under one of its protocols (None: its first).
 
     Raises InputError for a recipe or protocol that does not exist.

@@ -9,7 +9,7 @@ import rtl_kernels as rk
 from rtl.errors import InputError
 from rtl.fit import Fit, digest, masked_copy, new_optimizer, rewind, split, state, step
 from rtl.partition import by_label
-from rtl.tasks import OneVsRest
+from rtl.tasks import OneVsRest, Pixels
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from rtl.tasks import OneVsRest
         ({"lr": 0.0}, "lr is 0.0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": float("inf")}, "lr is inf"),
-        ({"schedule": "mixd"}, "schedule is 'mixd', expected one of sequential, mixed"),
+        ({"schedule": "mixd"}, "schedule is 'mixd', expected one of sequential, mixed, pooled"),
         ({"batch_norm": "none"}, "batch_norm is 'none', expected one of per_ticket, shared"),
         ({"batch_norm": "shared", "affine_per_ticket": True}, "affine_per_ticket is True with batch_norm 'shared'"),
     ],
@@ -114,3 +114,10 @@ def _full(value, index):
 
 def _logits(net, parts, mask, index):
     return net(parts.data.batch(index)[0], _full(mask, index)).detach()
+
+
+def test_a_fit_is_described_with_all_that_its_task_was_given():
+    assert Fit().described()["task"] == "one_vs_rest"
+    described = Fit(lr=0.5, task=Pixels(7)).described()
+    assert described["task"] == {"name": "pixels", "samples": 7, "by_area": False}
+    assert described["lr"] == 0.5

@@ -60,10 +60,18 @@ def test_a_line_is_the_mean_and_standard_deviation_over_seeds_of_one_method_vari
 
 
 def test_one_seed_has_no_spread_and_a_missing_metric_is_a_dash():
-    head, line = summary([row()])
+    head, line, _ = summary([row(), row("imp_multiple", similarity=0.5)])
     cells = dict(zip(head, line, strict=True))
     assert cells["accuracy"] == "0.900"
     assert cells["similarity"] == "–"
+    assert "PSNR" not in head  # no row has one
+
+
+def test_scenes_have_columns_behind_their_mean():
+    metrics = {"si_snri.indoor": 5.0, "si_snri.outdoor": 7.0, "si_snri": 6.0}
+    head, line = summary([row() | {"metrics": metrics}])
+    assert head[2:5] == ["SI-SNRi", "indoor", "outdoor"]
+    assert line[2:5] == ["6.000", "5.000", "7.000"]
 
 
 def test_markdown_is_a_table_with_figures_to_the_right():

@@ -1,4 +1,4 @@
-"""The command line: rtl ls | show RECIPE | run RECIPE | report RUN."""
+"""The command line: rtl ls | show RECIPE | run RECIPE | report RUN | enhance RUN FILE."""
 
 import argparse
 import contextlib
@@ -20,6 +20,7 @@ _DESCRIPTION = """Tickets for the subsets of your data, over one set of shared w
   rtl show RECIPE       print what a recipe does and its settings
   rtl run RECIPE        run it, or resume it; every setting is an option (rtl run RECIPE --help)
   rtl report RUN        print a finished run's table and draw its figures again
+  rtl enhance RUN FILE  take the noise from a recording, with the tickets of a run of the speech recipe
 
 example: rtl run digits --seeds 0 1 --out runs/two-seeds
 """
@@ -56,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog="rtl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ls | show | run | report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls | show | run | report | enhance")
     commands.add_parser("ls", help="list recipes and runs", epilog="example: rtl ls")
     show = commands.add_parser("show", help="print a recipe", epilog="example: rtl show cifar10 --protocol paper")
     show.add_argument("recipe")
@@ -67,6 +68,16 @@ def _dispatch(arguments: list[str]) -> int:
     report.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     report.add_argument("--to", type=Path, metavar="DIR", help="write all results there (default: RUN)")
     report.add_argument("--into", type=Path, metavar="FILE", help="put the table between its marks in a Markdown file")
+    clean = commands.add_parser(
+        "enhance",
+        help="take the noise from a recording",
+        epilog="example: rtl enhance runs/speech in.wav --scene outdoor -o out.wav",
+    )
+    clean.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of the speech recipe")
+    clean.add_argument("file", type=Path, metavar="FILE", help="a recording of any length, rate and number of channels")
+    clean.add_argument("--scene", required=True, help="whose ticket to use, such as outdoor")
+    clean.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="what to write: .wav or .flac")
+    clean.add_argument("--sparsity", type=float, help="of the tickets (default: the lowest that the run kept)")
     # The options of `run` are the recipe's own settings, which only the recipe knows.
     own, rest = (arguments[:2], arguments[2:]) if arguments[:1] == ["run"] else (arguments, [])
     if own[:1] == ["run"] and (len(own) == 1 or own[1].startswith("-")):
@@ -78,6 +89,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _show(options.recipe, options.protocol)
     if options.command == "report":
         return _report(options.run, options.to, options.into)
+    if options.command == "enhance":
+        return _enhance(options.run, options.file, options.scene, options.output, options.sparsity)
     return _run(options.recipe, rest)
 
 
@@ -86,7 +99,7 @@ def _ls() -> int:
 
     print("recipes:")
     for name, recipe in RECIPES.items():
-        print(f"  {name:<10}{(recipe.__doc__ or '').strip()}")
+        print(f"  {name:<10}{' '.join((recipe.__doc__ or '').split())}")
     runs = sorted(path.parent for path in Path("runs").glob("*/config.json"))
     print("runs:" if runs else "runs: none in ./runs yet; try: rtl run digits")
     for folder in runs:
@@ -136,7 +149,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         out: Path | None = None
         """Folder of the run (default: runs/RECIPE, with the protocol if it is not the first)."""
         data: Path | None = None
-        """Data root (default: the environment variable RTL_DATA)."""
+        """Data root (default: the environment variable RTL_DATA; inr: scikit-learn's photographs)."""
         workers: int | None = None
         """Worker processes (default: one a core)."""
 
@@ -202,8 +215,7 @@ def _report(folder: Path, to: Path | None, into: Path | None) -> int:
 
     table, details = read_results(folder)
     if to is not None:
-        kept = [file for name in ("tickets", "examples") for file in sorted((folder / name).glob("*/*"))]
-        for file in [folder / "config.json", *kept]:
+        for file in sorted(f for name in ("config.json", "tickets/*/*", "examples/*/*") for f in folder.glob(name)):
             write_atomically(to / file.relative_to(folder), file.read_bytes())
     write_results(to or folder, table, details)
     if into is not None:
@@ -212,6 +224,17 @@ def _report(folder: Path, to: Path | None, into: Path | None) -> int:
     print(json.dumps(table["environment"]))
     _print_table(table["rows"])
     print(f"written to {to or folder}")
+    return 0
+
+
+def _enhance(run: Path, file: Path, scene: str, output: Path, sparsity: float | None) -> int:
+    from rtl.enhance import enhance, load_network
+    from rtl.progress import Progress
+
+    net = load_network(run, sparsity)
+    gain = enhance(net, scene, file, output, Progress())
+    turned = "" if gain == 1 else f", turned down to {gain:.2f} of its volume so that nothing is clipped"
+    print(f"{output}: {file} by the ticket {scene!r} at {net.sparsity:.0%} sparsity{turned}")
     return 0
 
 

@@ -127,7 +127,7 @@ def _outputs(nets: Sequence[TicketNetwork], test: Data | Partition, batch_size: 
         net.eval()
         mask = {subset: k for k, subset in enumerate(net.outputs)}
         own = torch.isin(index, torch.tensor(net.outputs)).nonzero().flatten()
-        for batch in own.split(batch_size):
+        for batch in own.split(batch_size) if len(own) else ():
             masks = torch.tensor([mask[int(i)] for i in index[batch]])
             yield batch, net(data.batch(batch)[0], masks)
 

@@ -148,7 +148,7 @@ def example(folder: Path) -> Figure:
     columns = [*given, *dense, *methods]
     wave = any(file.suffix == ".wav" for file in shown.values())
     figure, grid = _grid(len(levels), len(columns), *((2.9, 2.3) if wave else (2.6, _height(shown, 2.6) + 0.3)))
-    reference = max((np.abs(_spectrum(shown[name])).max() for name in given), default=1.0) if wave else 1.0
+    reference = max((np.abs(_spectrum(shown[name])[0]).max() for name in given), default=1.0) if wave else 1.0
     for row, level in enumerate(levels):
         for axis, column in zip(grid[row], columns, strict=True):
             method = column.partition("-")[0]
@@ -160,13 +160,16 @@ def example(folder: Path) -> Figure:
             label = NAMES.get(method, method) if first else f"{NAMES[column]}, {float(level):.0%}"
             axis.set_title(label, fontsize=9)
             if wave:
-                decibels = 20 * np.log10(np.maximum(np.abs(_spectrum(shown[name])) / reference, 1e-4))
-                axis.imshow(decibels, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0)
+                spectrum, extent = _spectrum(shown[name])
+                decibels = 20 * np.log10(np.maximum(np.abs(spectrum) / reference, 1e-4))
+                axis.imshow(decibels, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0, extent=extent)
+                axis.tick_params(labelsize=7)
             else:
                 axis.imshow(_pixels(shown[name]))
-            axis.set_xticks([])
-            axis.set_yticks([])
-    figure.suptitle(folder.name, fontsize=10)
+                axis.set_xticks([])
+                axis.set_yticks([])
+    title = f"{folder.name}: spectrograms, kHz against seconds, 80 dB from dark to bright" if wave else folder.name
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -183,14 +186,13 @@ def _height(shown: Mapping[str, Path], width: float) -> float:
     return width * rows / columns
 
 
-def _spectrum(file: Path) -> np.ndarray:
-    """Complex (frequency, time), windows of 512 samples."""
+def _spectrum(file: Path) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Complex (frequency, time), windows of 512 samples, and its extent: seconds, kHz."""
     from scipy.io import wavfile
     from scipy.signal import stft
 
-    _, samples = wavfile.read(file)
-    found: np.ndarray = stft(samples / 32768, nperseg=512)[2]
-    return found
+    rate, samples = wavfile.read(file)
+    return stft(samples / 32768, nperseg=512)[2], (0, len(samples) / rate, 0, rate / 2000)
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -163,12 +163,59 @@ class Pixels:
         return psnr(mean)
 
 
+@dataclass(frozen=True)
+class Enhancement:
+    """Clean speech from noisy: weighted SDR loss, judged by the improvement of SI-SNR over the mixture's, in dB.
+
+    Data holds mixtures as inputs, clean speech as targets, float32 (N, samples), not normalised. A target is both:
+    (n, 2, samples), clean speech and mixture.
+    """
+
+    name = "enhancement"
+    metric = "si_snri"
+
+    def draw(self, parts: Partition, ticket: int, generator: torch.Generator) -> Tensor:
+        return _shuffled(parts[ticket], generator)
+
+    def target(self, parts: Partition, ticket: int, index: Tensor) -> Tensor:
+        return torch.stack([parts.data.targets[index], parts.data.inputs[index]], 1)
+
+    def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
+        return weighted_sdr_losses(output, target[:, 0], target[:, 1])
+
+    def measure(self, output: Tensor, target: Tensor) -> Tensor:
+        try:
+            from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio as si_snr
+        except ImportError as error:
+            raise InputError(f"SI-SNR needs torchmetrics ({error}): pip install 'rtl-kernels[speech]'") from error
+        clean, mixture = target[:, 0].double(), target[:, 1].double()
+        return si_snr(output.double(), clean) - si_snr(mixture, clean)
+
+    def summary(self, mean: float) -> float:
+        return mean
+
+
+def weighted_sdr_losses(output: Tensor, clean: Tensor, mixture: Tensor) -> Tensor:
+    """−α·cos(clean, output) − (1 − α)·cos(noise, mixture − output), α the clean speech's share of the energy.
+
+    Args: all (n, samples); gives (n,), in [−1, 1]. Source: H.-S. Choi et al., arXiv 1903.03107, equation 8.
+    """
+    noise = mixture - clean
+    energies = clean.square().sum(1), noise.square().sum(1)
+    share = energies[0] / (energies[0] + energies[1]).clamp(min=1e-12)
+    speech = F.cosine_similarity(clean, output, dim=1)
+    rest = F.cosine_similarity(noise, mixture - output, dim=1)
+    return -share * speech - (1 - share) * rest
+
+
 def psnr(mse: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean squared error, the peak being 1; a perfect picture has 100 dB."""
     return -10 * math.log10(max(mse, 1e-10))
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (OneVsRest(), MultiClass(), Regression(), Pixels())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (OneVsRest(), MultiClass(), Regression(), Pixels(), Enhancement())
+}
 
 
 def _squared_errors(output: Tensor, target: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
         ("show", "required: recipe (rtl show --help"),
         ("show nope", "recipe is 'nope', expected one of digits, cifar10"),
         ("show digits --protocol paper", "protocol is 'paper', expected one of quick"),
-        ("run", "no recipe is given, expected one of digits, cifar10: for example rtl run digits"),
+        ("run", "no recipe is given, expected one of digits, cifar10, inr, speech: for example rtl run digits"),
         ("run --lr 1", "no recipe is given"),
         ("run nope", "recipe is 'nope', expected one of digits, cifar10"),
         ("run digits --bogus 1", "--bogus"),

@@ -181,6 +181,8 @@ def test_networks_of_one_ticket_each_predict_in_their_own_subsets():
     assert evaluate(alone, parts, batch_size=2) == evaluate(together, parts)
     assert torch.equal(predict(alone, parts, 2), predict([together], parts))
     assert torch.equal(predict(alone, parts), data.inputs * (index == 0)[:, None])
+    first = Partition(data, ("x", "y"), index * 0, LabelRule((), ()))  # nothing for the other network
+    assert torch.equal(predict(alone, first), data.inputs)
 
 
 def test_one_network_for_all_samples_is_judged_in_each_subset_it_does_not_know_of():

@@ -19,7 +19,7 @@ from rtl.evaluate import evaluate
 from rtl.extract import Extraction, PrunePlan, extract
 from rtl.fit import Fit, digest
 from rtl.partition import by_label, whole
-from rtl.recipes import RECIPES, Classification, recipe
+from rtl.recipes import RECIPES, Classification, Inr, Speech, recipe
 from rtl.recipes.classification import METHODS, load, new_model, run_classification
 from rtl.retrain import retrain
 from rtl.tasks import MultiClass
@@ -320,5 +320,6 @@ def test_methods_can_be_left_out(tmp_path, experiment, methods):
     assert ("similarity" in details) == (methods != ("dense",))
 
 
-def test_configurations_are_classifications():
-    assert all(isinstance(make(), Classification) for make in RECIPES.values())
+def test_every_recipe_has_its_kind_of_configuration():
+    kinds = {"digits": Classification, "cifar10": Classification, "inr": Inr, "speech": Speech}
+    assert {name: type(make()) for name, make in RECIPES.items()} == kinds

@@ -26,6 +26,8 @@ from rtl.recipes.experiment import Details, Method, Outcome, Row, Trial, check_c
 from rtl.run import Run, slug, write_atomically
 from rtl.tasks import Enhancement
 
+HEARD: tuple[Method, ...] = ("rtl", "imp_single")  # in the examples
+
 
 @dataclass(frozen=True)
 class Speech:
@@ -113,7 +115,7 @@ def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[
         train, test: what `load_speech` gives.
 
     The first seed's networks of tickets are left in `tickets/SPARSITY`, as `TicketNetwork.from_pretrained` reads them,
-    and what they, and the other methods, make of each scene's first test clip in `examples/SCENE`.
+    and what they, and one pruned network, make of each scene's first test clip in `examples/SCENE`.
 
     Returns:
         The rows of table.json, and the details: "per_class", the scenes' figures of every row, and the "similarity"
@@ -168,14 +170,16 @@ def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[
         details.setdefault("examples", {})[name] = {
             key: test.metadata[key][int(clip)] for key in ("snr", "speech", "noise")
         }
-        _write_examples(run, name, test.select(clip), scene_number, mine)
+        _write_examples(run, name, test.select(clip), mine)
     return rows, details
 
 
-def _write_examples(run: Run, scene: str, clip: Data, subset: int, outcomes: Sequence[Outcome]) -> None:
-    """One clip as it is, as it should be, and as every method gives it, all at one volume."""
+def _write_examples(run: Run, scene: str, clip: Data, outcomes: Sequence[Outcome]) -> None:
+    """One clip as it is, as it should be, and as tickets and one pruned network give it, all at one volume."""
     shown: dict[str, Tensor] = {"noisy": clip.inputs[0], "clean": clip.targets[0]}
     for outcome in outcomes:
+        if outcome.trial.method not in HEARD:
+            continue
         test = outcome.trial.test
         own = clip if isinstance(test, Data) else test.apply(clip)
         shown[f"{outcome.trial.method}-{outcome.masks.sparsity:g}"] = predict(outcome.networks(), own)[0]

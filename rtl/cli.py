@@ -1,4 +1,4 @@
-"""The command line: rtl ls | show RECIPE | run RECIPE | watch RUN | report RUN... | predict RUN FILE..."""
+"""The command line: rtl ls | show RECIPE | run RECIPE | watch RUN | report RUN... | predict RUN FILE... | enhance."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from rtl.errors import InputError
 
@@ -23,6 +23,7 @@ _DESCRIPTION = """Tickets for the subsets of your data, over one set of shared w
   rtl watch RUN         follow a run from another terminal
   rtl report RUN [RUN]  print finished runs' tables, write report.html: a page to look at, runs side by side
   rtl predict RUN FILE  route files to tickets and let them answer
+  rtl enhance RUN FILE  take the noise from a recording, with the tickets of a run of the speech recipe
 
 example: rtl run digits --seeds 0 1 --out runs/two-seeds
 """
@@ -76,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog="rtl", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="ls | show | run | watch | report | predict"
+        dest="command", required=True, metavar="ls | show | run | watch | report | predict | enhance"
     )
     commands.add_parser("ls", help="list recipes and runs", epilog="example: rtl ls")
     show = commands.add_parser("show", help="print a recipe", epilog="example: rtl show cifar10 --protocol paper")
@@ -134,6 +135,16 @@ def _dispatch(arguments: list[str]) -> int:
     )
     predict.add_argument("--resize", action="store_true", help="bring pictures to the size of the run's samples")
     predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    clean = commands.add_parser(
+        "enhance",
+        help="take the noise from a recording",
+        epilog="example: rtl enhance runs/speech in.wav --scene outdoor -o out.wav",
+    )
+    clean.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of the speech recipe")
+    clean.add_argument("file", type=Path, metavar="FILE", help="a recording of any length, rate and number of channels")
+    clean.add_argument("--scene", required=True, help="whose ticket to use, such as outdoor")
+    clean.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="what to write: .wav or .flac")
+    clean.add_argument("--sparsity", type=float, help="of the tickets (default: the lowest that the run kept)")
     # The options of `run` are the recipe's own settings, which only the recipe knows.
     own, rest = (arguments[:2], arguments[2:]) if arguments[:1] == ["run"] else (arguments, [])
     if own[:1] == ["run"] and (len(own) == 1 or own[1].startswith("-")):
@@ -151,6 +162,8 @@ def _dispatch(arguments: list[str]) -> int:
         return follow(options.run, options.every, options.once)
     if options.command == "predict":
         return _predict(options)
+    if options.command == "enhance":
+        return _enhance(options.run, options.file, options.scene, options.output, options.sparsity)
     return _run(options.recipe, rest)
 
 
@@ -160,7 +173,7 @@ def _ls() -> int:
     print("recipes:")
     width = max(map(len, RECIPES)) + 2
     for name, recipe in RECIPES.items():
-        print(f"  {name:<{width}}{(recipe.__doc__ or '').strip()}")
+        print(f"  {name:<{width}}{' '.join((recipe.__doc__ or '').split())}")
     runs = sorted(path.parent for path in Path("runs").glob("*/config.json"))
     print("runs:" if runs else "runs: none in ./runs yet; try: rtl run digits")
     for folder in runs:
@@ -181,7 +194,7 @@ def _show(name: str, protocol: str | None) -> int:
 
 
 def _run(name: str | None, arguments: list[str]) -> int:
-    from rtl.recipes import RECIPES, recipe
+    from rtl.recipes import RECIPES, load_data, recipe, run_recipe
 
     if name is None:
         if "-h" in arguments or "--help" in arguments:
@@ -195,35 +208,36 @@ def _run(name: str | None, arguments: list[str]) -> int:
     import tyro
 
     from rtl.page import write_page
-    from rtl.recipes.classification import Classification, load, run_classification
     from rtl.recipes.published import published
     from rtl.report import environment, read_results, write_results
     from rtl.run import Run
 
-    protocol = _value_of("--protocol", arguments)
+    # The protocol chooses the settings that the other options then change.
+    base = recipe(name, _value_of("--protocol", arguments))
+
+    Settings = TypeVar("Settings")
 
     @dataclasses.dataclass(frozen=True)
-    class Options:
+    class Options(Generic[Settings]):
         """Run a recipe, or resume it: finished stages are loaded."""
 
-        config: tyro.conf.OmitArgPrefixes[Classification]
+        config: tyro.conf.OmitArgPrefixes[Settings]
         out: Path | None = None
         """Folder of the run (default: runs/RECIPE, with the protocol if it is not the first)."""
         data: Path | None = None
-        """Data root (default: the environment variable RTL_DATA)."""
+        """Data root (default: the environment variable RTL_DATA; inr: scikit-learn's photographs)."""
         workers: int | None = None
         """Worker processes (default: one a core)."""
         tensorboard: bool = False
         """Also write curves and pictures for TensorBoard to OUT/tensorboard (needs 'rtl-kernels[tensorboard]')."""
 
-    # The protocol chooses the settings that the other options then change.
-    base = recipe(name, protocol)
     about = f"{(RECIPES[name].__doc__ or '').strip()}\n\nexample: rtl run {name} --seeds 0 1 --out runs/mine"
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
+            kind: Any = Options
             options = tyro.cli(
-                Options, prog=f"rtl run {name}", description=about, args=arguments, default=Options(base)
+                kind[type(base)], prog=f"rtl run {name}", description=about, args=arguments, default=Options(base)
             )
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
@@ -235,9 +249,9 @@ def _run(name: str | None, arguments: list[str]) -> int:
     first = RECIPES[name]().protocol
     out = options.out or Path("runs") / (name if config.protocol == first else f"{name}-{config.protocol}")
     run = Run(out, workers=options.workers)
-    data = load(config, options.data)
+    data = load_data(config, options.data)
     with run.lock(), _board(out / "tensorboard" if options.tensorboard else None) as board:
-        rows, details = run_classification(config, run, *data, board)
+        rows, details = run_recipe(config, run, data, board)
         table: dict[str, Any] = {
             "recipe": name,
             "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
@@ -323,6 +337,17 @@ def _copy(folder: Path, to: Path, config: str) -> None:
         if file.is_file():
             name = config if file == kept[0] else file.relative_to(folder)
             write_atomically(to / name, file.read_bytes())
+
+
+def _enhance(run: Path, file: Path, scene: str, output: Path, sparsity: float | None) -> int:
+    from rtl.enhance import enhance, load_network
+    from rtl.progress import Progress
+
+    net = load_network(run, sparsity)
+    gain = enhance(net, scene, file, output, Progress())
+    turned = "" if gain == 1 else f", turned down to {gain:.2f} of its volume so that nothing is clipped"
+    print(f"{output}: {file} by the ticket {scene!r} at {net.sparsity:.0%} sparsity{turned}")
+    return 0
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The paper's columns under both decision rules (PAPER.md, "Reading of the paper's metrics").
+"""The paper's columns: for classes, under both decision rules; for pictures, PSNR; for speech, SI-SNRi.
 
 threshold: one-vs-rest, a class is predicted where its score is 0.5 or more (sigmoid of a ticket's logit; softmax of a
            multi-class network's): none, one or several classes a sample.
@@ -6,6 +6,8 @@ argmax:    the class of the highest score, one a sample.
 
 Balanced accuracy is the mean over classes of (TPR + TNR) / 2, precision and recall are means over classes, on all
 samples of the test set; a class that is never predicted has precision 0, one without samples has recall 0.
+
+A task without classes judges its outputs itself (`rtl.tasks.Measured`).
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from torch import Tensor
 from rtl.calibrate import Calibration
 from rtl.data import Data
 from rtl.errors import InputError
-from rtl.partition import Partition
+from rtl.partition import Partition, whole
+from rtl.tasks import TASKS, Measured, OneVsRest
 from rtl.tickets import TicketNetwork
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: one number each, by the names of DESIGN's vocabulary; per_class: the same before the mean."""
+    """metrics: one number each, by the names of DESIGN's vocabulary; per_class: the same before the mean, for each
+    class, or for each subset of a task without classes.
+    """
 
     metrics: dict[str, float]
     per_class: dict[str, list[float]] = field(default_factory=dict)
@@ -36,6 +41,7 @@ def evaluate(
     net: TicketNetwork | Sequence[TicketNetwork],
     test: Data | Partition,
     *,
+    per: Partition | None = None,
     batch_size: int | None = None,
     calibration: Calibration | None = None,
 ) -> Evaluation:
@@ -43,34 +49,55 @@ def evaluate(
 
     Args:
         net: one-vs-rest tickets (all of them on every sample, in one pass), a multi-class network of one ticket, or
-            tickets that each predict in their own subset (multi-class or regression), which needs a Partition.
+            tickets that each predict in their own subset (multi-class or without classes), which needs a Partition.
         test: samples. With `Data`, label k belongs to the ticket that learnt subset k; a `Partition` says which subset
             each sample is of (-1 belongs to none: a negative for every ticket, left out of accuracy).
+        per: without classes, the subsets of the same samples that get figures of their own, NaN for an empty one.
+            None: those of `test`, where it is a Partition.
         batch_size: samples a forward pass sees. None: so many that all tickets together compute 512 rows, which stay in
             a processor's cache (for ten tickets that took half the time of 5,120 rows).
         calibration: of these networks' scores (`rtl.calibrate`), for classes; None: scores as they are.
 
     Raises:
-        InputError: nothing to evaluate on, or a label that no ticket stands for.
+        InputError: nothing to evaluate on, a label that no ticket stands for, or a task that is not known.
     """
     nets = [net] if isinstance(net, TicketNetwork) else list(net)
     data, index = (test.data, test.index) if isinstance(test, Partition) else (test, None)
+    task = TASKS.get(nets[0].task)
+    if task is None:
+        raise InputError(f"net is of task {nets[0].task!r}, expected one of {', '.join(TASKS)}")
     if len(data) == 0:
         raise InputError("test holds no samples")
-    if nets[0].task == "one_vs_rest":
+    if isinstance(task, OneVsRest):
         outputs = sorted(output for one in nets for output in one.outputs)
         labels = _labels(data, index, outputs)
         if calibration is None:
             return classification_metrics(_ticket_logits(nets, data, batch_size).sigmoid().numpy(), labels)
         return _calibrated(calibration, _ticket_logits(nets, data, batch_size), labels)
+    if isinstance(task, Measured):
+        return _measured(task, nets, test, per or (test if isinstance(test, Partition) else None), batch_size)
     if len(nets) > 1:
         raise InputError(f"net is {len(nets)} networks of task {nets[0].task!r}: evaluate them one by one")
-    output = _routed_output(nets[0], data, index, batch_size)
-    if nets[0].task == "multi_class":
-        if calibration is None:
-            return classification_metrics(output.softmax(1).numpy(), data.targets.numpy())
-        return _calibrated(calibration, _class_log_odds(output), data.targets.numpy())
-    return Evaluation({"mse": float((output - data.targets).square().mean())})
+    output = predict(nets, test, batch_size)
+    if calibration is None:
+        return classification_metrics(output.softmax(1).numpy(), data.targets.numpy())
+    return _calibrated(calibration, _class_log_odds(output), data.targets.numpy())
+
+
+def _measured(
+    task: Measured, nets: Sequence[TicketNetwork], test: Data | Partition, per: Partition | None, batch_size: int | None
+) -> Evaluation:
+    parts = test if isinstance(test, Partition) else whole(test)
+    values = torch.zeros(len(parts.data), dtype=torch.float64)
+    for index, output in _outputs(nets, test, batch_size):
+        values[index] = task.measure(output, task.target(parts, 0, index)).double()
+    per_class = {}
+    if per is not None:
+        if len(per.data) != len(values):
+            raise InputError(f"per is of {len(per.data)} samples, but test holds {len(values)}: give the same ones")
+        means = [float(values[per[k]].mean()) for k in range(len(per))]
+        per_class = {task.metric: [task.summary(mean) for mean in means]}
+    return Evaluation({task.metric: task.summary(float(values.mean()))}, per_class)
 
 
 def log_odds(net: TicketNetwork | Sequence[TicketNetwork], data: Data, *, batch_size: int | None = None) -> Tensor:
@@ -83,7 +110,7 @@ def log_odds(net: TicketNetwork | Sequence[TicketNetwork], data: Data, *, batch_
         return _ticket_logits(nets, data, batch_size)
     if nets[0].task != "multi_class" or len(nets) > 1:
         raise InputError(f"net is {len(nets)} networks of task {nets[0].task!r}, expected tickets, or one multi_class")
-    return _class_log_odds(_routed_output(nets[0], data, None, batch_size))
+    return _class_log_odds(predict(nets, data, batch_size))
 
 
 def _batches(data: Data, batch_size: int | None, tickets: int) -> Iterator[Tensor]:
@@ -125,20 +152,33 @@ def ticket_logits(net: TicketNetwork, data: Data, batch_size: int | None = None)
     return torch.cat(parts)
 
 
+def predict(nets: Sequence[TicketNetwork], test: Data | Partition, batch_size: int | None = None) -> Tensor:
+    """The output for each sample of the ticket of its subset, (N, ...); arguments and errors as for `evaluate`."""
+    found = list(_outputs(nets, test, batch_size))
+    order = torch.cat([index for index, _ in found])
+    return torch.cat([output for _, output in found])[order.argsort()]
+
+
 @torch.no_grad()
-def _routed_output(net: TicketNetwork, data: Data, index: Tensor | None, batch_size: int | None) -> Tensor:
-    """Each sample through the ticket of its subset."""
-    net.eval()
+def _outputs(
+    nets: Sequence[TicketNetwork], test: Data | Partition, batch_size: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of every sample once: positions (B,), and the output of the ticket of each sample's subset."""
+    data, index = (test.data, test.index) if isinstance(test, Partition) else (test, None)
     if index is None:
-        if len(net.names) > 1:
+        if len(nets) > 1 or len(nets[0].names) > 1:
             raise InputError("test is Data, but these tickets each serve a subset: pass parts.apply(test)")
-        index = torch.full((len(data),), net.outputs[0])
-    mask = {subset: k for k, subset in enumerate(net.outputs)}
-    unknown = sorted(set(index.unique().tolist()) - set(mask))
+        index = torch.full((len(data),), nets[0].outputs[0])
+    unknown = sorted(set(index.unique().tolist()) - {subset for net in nets for subset in net.outputs})
     if unknown:
         raise InputError(f"test holds samples of subset {unknown[0]}, which no ticket stands for")
-    masks = torch.tensor([mask[int(i)] for i in index])
-    return torch.cat([net(data.batch(batch)[0], masks[batch]) for batch in _batches(data, batch_size, 1)])
+    for net in nets:
+        net.eval()
+        mask = {subset: k for k, subset in enumerate(net.outputs)}
+        own = torch.isin(index, torch.tensor(net.outputs)).nonzero().flatten()
+        for batch in own.split(batch_size or 512) if len(own) else ():
+            masks = torch.tensor([mask[int(i)] for i in index[batch]])
+            yield batch, net(data.batch(batch)[0], masks)
 
 
 def classification_metrics(scores: np.ndarray, labels: np.ndarray, ranking: np.ndarray | None = None) -> Evaluation:

@@ -367,7 +367,7 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
                     samples += len(order)
                     if keep in extraction.reported:
                         stages.append(pruned(net, 0, survivors, keep, plan.scope))
-                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
+                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3g}", loss=loss)
                 masks = pruned(net, 0, survivors, keep, plan.scope)
                 theta = state(net) if keep in extraction.reported else {}
                 return _artefact(masks, stages, theta, keep, samples, loss, time.perf_counter() - began)
@@ -413,7 +413,7 @@ def _extract_batched(extraction: Extraction) -> None:
                     if keep in extraction.reported:
                         for k in going:
                             stages[k].append(pruned(net, k, survivors, keep, plan.scope))
-                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3f}", loss=loss)
+                    progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3g}", loss=loss)
             trained = state(net) if keep in extraction.reported else {}
             seconds = (time.perf_counter() - began) / len(going)
             for ticket in going:

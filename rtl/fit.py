@@ -19,7 +19,7 @@ from rtl.errors import InputError
 from rtl.partition import Partition
 from rtl.tasks import OneVsRest, Task
 
-SCHEDULES = ("sequential", "mixed")
+SCHEDULES = ("sequential", "mixed", "pooled")
 BATCH_NORMS = ("per_ticket", "shared", "recalibrated")
 MASKED = ("update", "gradient")
 LR_SCHEDULES = ("constant", "cosine")
@@ -36,7 +36,8 @@ class Fit:
         task: what tickets learn.
         schedule: of joint retraining. "sequential": one ticket's batch a step, in turn (Algorithm 2 to the letter).
             "mixed": a step sees batch_size / K samples of every ticket at once, so that steps and samples of an epoch
-            are the same as in the sequential one.
+            are the same as in the sequential one. "pooled": what all tickets draw for an epoch is shuffled together and
+            presented once, so that a ticket is seen as often as it has samples, instead of as often as any other.
         batch_norm: of joint retraining. "per_ticket" statistics, "shared" ones, or "recalibrated": trained with shared
             ones, after which each ticket's are measured on one epoch of its own samples, weights as they are.
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
@@ -84,8 +85,10 @@ class Fit:
         return self.lr if self.lr_schedule == "constant" else self.lr * (1 + math.cos(math.pi * done)) / 2
 
     def described(self) -> dict[str, Any]:
-        """What joint retraining depends on, as a run is bound to it."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"task": self.task.name}
+        """What joint retraining depends on, as a run is bound to it; the task by name and what it was given."""
+        fields = dataclasses.asdict(self)
+        given = fields["task"]
+        return fields | {"task": {"name": self.task.name, **given} if given else self.task.name}
 
     def described_for_extraction(self) -> dict[str, Any]:
         """What a round of extraction depends on: of one mask there is no schedule, and statistics are its own."""

@@ -1,5 +1,5 @@
-"""Partitions of data into named subsets, one for each ticket: by label, by metadata, by clustering, or by the text of
-class names.
+"""Partitions of data into named subsets, one for each ticket: by label, by metadata, by clustering, by region, or by
+the text of class names.
 
 The method does not care how subsets were found (arXiv 2601.22141, section 3). A partition keeps the rule that made it,
 so that new data, a test set for one, is assigned to the same subsets.
@@ -305,6 +305,48 @@ def _hdbscan(points: Tensor, min_cluster_size: int) -> tuple[Tensor, Tensor]:
         raise InputError(f"min_cluster_size is {min_cluster_size}, but HDBSCAN finds no cluster then: lower it")
     centroids = torch.stack([points[index == k].mean(dim=0) for k in range(int(index.max()) + 1)])
     return torch.where(index < 0, nearest(points, centroids), index), centroids
+
+
+def by_region(data: Data, num_regions: int = 6, seed: int = 0, position: float = 0.5) -> Partition:
+    """Regions of an image, found by k-means on colour and position: "region-0" on, the largest first.
+
+    Args:
+        data: pixels, as `rtl.data.picture` gives them: inputs (N, 2) coordinates in [-1, 1], targets (N, 3) colours in
+            [0, 1]. Centres are found on 10,000 pixels where there are more; every pixel goes to the nearest.
+        num_regions: K.
+        seed: of k-means.
+        position: weight of a distance in coordinates against an equal one in colour.
+
+    Raises:
+        InputError: data that are no pixels, or fewer different ones than regions.
+    """
+    if data.inputs.dim() != 2 or data.inputs.shape[1] != 2 or data.targets.shape != (len(data), 3):
+        shapes = f"inputs {tuple(data.inputs.shape)} and targets {tuple(data.targets.shape)}"
+        raise InputError(f"data {data.name!r} has {shapes}, but pixels, (N, 2) and (N, 3), are needed")
+    features = PixelFeatures(position)
+    points = features_of(data, features)
+    different = len(torch.unique(points, dim=0))
+    if not 1 <= num_regions <= different:
+        raise InputError(f"num_regions is {num_regions}, but there are {different} different pixels: give 1 to that")
+    from sklearn.cluster import KMeans
+
+    some = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:10_000]
+    found = KMeans(num_regions, n_init=3, random_state=seed).fit(points[some].numpy())
+    centroids = torch.from_numpy(found.cluster_centers_)
+    sizes = torch.bincount(nearest(points, centroids), minlength=num_regions)
+    centroids = centroids[sizes.argsort(descending=True, stable=True)]
+    names = tuple(f"region-{k}" for k in range(num_regions))
+    return _filled(data, names, ClusterRule(centroids, features), "num_regions")
+
+
+@dataclass(frozen=True)
+class PixelFeatures:
+    """(N, 5): colour, and coordinates times a weight."""
+
+    position: float
+
+    def __call__(self, data: Data) -> Tensor:
+        return torch.cat([data.targets, self.position * data.inputs], 1)
 
 
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Figures of a run: metric and similarity against sparsity, and who shares weights with whom by depth."""
+"""Figures of a run: metric and similarity against sparsity, who shares weights with whom by depth, and examples."""
 
 from __future__ import annotations
 
@@ -152,6 +152,118 @@ def _round(curve: Curve, found: Alignment, stage: int) -> int:
     return int((curve.sparsity.mean(1) - found.sparsity[stage]).abs().argmin())
 
 
+GIVEN = ("target", "noisy", "clean")  # of an example, beside what methods make of it
+
+
+def psnr_by_image(found: Sequence[Mapping[str, Any]]) -> Figure:
+    """One panel a sparsity: every image's PSNR by method, mean over seeds; dense is drawn in all of them."""
+    levels = sorted({one["sparsity"] for one in found if one["method"] != "dense"}) or [0.0]
+    images = list(dict.fromkeys(one["image"] for one in found))
+    figure, axes = _figure(len(levels), width=max(2.6, 0.32 * len(images)), height=4.2)
+    for axis, level in zip(axes, levels, strict=True):
+        for method, (colour, marker) in STYLES.items():
+            points: dict[str, list[float]] = {}
+            for one in found:
+                if one["method"] == method and one["sparsity"] == (0.0 if method == "dense" else level):
+                    points.setdefault(one["image"], []).append(one["psnr"])
+            if points:
+                x, y = [images.index(image) for image in points], [np.mean(values) for values in points.values()]
+                style: dict[str, Any] = {
+                    "marker": "_" if method == "dense" else marker,
+                    "linestyle": "none",
+                    "color": colour,
+                }
+                axis.plot(x, y, label=NAMES[method], **style)
+        axis.set_xticks(range(len(images)), images, rotation=90, fontsize=7)
+        axis.set_title(f"PSNR (dB) at {level:.0%} sparsity", fontsize=10)
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def psnr_against_similarity(found: Sequence[Mapping[str, Any]]) -> Figure:
+    """One panel a sparsity, one point a region: its PSNR against its ticket's mean similarity to the others."""
+    regions = [one for one in found if "similarity_by_region" in one]
+    levels = sorted({one["sparsity"] for one in regions}) or [0.0]
+    images = list(dict.fromkeys(one["image"] for one in regions))
+    figure, axes = _figure(len(levels))
+    for axis, level in zip(axes, levels, strict=True):
+        here = [one for one in regions if one["sparsity"] == level]
+        for one in here:
+            k = images.index(one["image"])
+            x, y = one["similarity_by_region"], one["psnr_by_region"]
+            axis.plot(x, y, color=_colour(k, len(images)), marker="o", markersize=4, linestyle="none", alpha=0.8)
+        rhos = [one["spearman"]["rho"] for one in here if one["spearman"]["rho"] is not None]
+        mean = f", mean ρ {np.mean(rhos):.2f}" if rhos else ""
+        axis.set_title(f"{level:.0%} sparsity{mean}", fontsize=10)
+        axis.set_xlabel("mean mask similarity to the other regions")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("PSNR of the region (dB)")
+    return figure
+
+
+def example(folder: Path) -> Figure:
+    """One example side by side: what was to be had, then a row a sparsity with what each method gives.
+
+    The folder holds pictures `target.png`, or sounds `noisy.wav` and `clean.wav` (shown as spectrograms), with
+    `METHOD-SPARSITY.png` or `.wav` beside them.
+    """
+    shown = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in (".png", ".wav")}
+    given = [name for name in GIVEN if name in shown]
+    made = [name.rpartition("-") for name in shown if name not in given]
+    methods = [method for method in STYLES if method != "dense" and any(method == own for own, _, _ in made)]
+    levels = sorted({level for method, _, level in made if method != "dense"}, key=float) or ["0"]
+    dense = [f"{method}-{level}" for method, _, level in made if method == "dense"]
+    columns = [*given, *dense, *methods]
+    wave = any(file.suffix == ".wav" for file in shown.values())
+    figure, grid = _grid(len(levels), len(columns), *((2.9, 2.3) if wave else (2.6, _height(shown, 2.6) + 0.3)))
+    reference = max((np.abs(_spectrum(shown[name])[0]).max() for name in given), default=1.0) if wave else 1.0
+    for row, level in enumerate(levels):
+        for axis, column in zip(grid[row], columns, strict=True):
+            method = column.partition("-")[0]
+            name = f"{column}-{level}" if column in methods else column
+            first = column not in methods
+            if name not in shown or (first and row):  # what does not depend on sparsity is shown once
+                axis.axis("off")
+                continue
+            label = NAMES.get(method, method) if first else f"{NAMES[column]}, {float(level):.0%}"
+            axis.set_title(label, fontsize=9)
+            if wave:
+                spectrum, extent = _spectrum(shown[name])
+                decibels = 20 * np.log10(np.maximum(np.abs(spectrum) / reference, 1e-4))
+                axis.imshow(decibels, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0, extent=extent)
+                axis.tick_params(labelsize=7)
+            else:
+                axis.imshow(_pixels(shown[name]))
+                axis.set_xticks([])
+                axis.set_yticks([])
+    title = f"{folder.name}: spectrograms, kHz against seconds, 80 dB from dark to bright" if wave else folder.name
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _pixels(file: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _height(shown: Mapping[str, Path], width: float) -> float:
+    """Of a picture so wide."""
+    rows, columns, _ = _pixels(next(iter(shown.values()))).shape
+    return width * rows / columns
+
+
+def _spectrum(file: Path) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Complex (frequency, time), windows of 512 samples, and its extent: seconds, kHz."""
+    from scipy.io import wavfile
+    from scipy.signal import stft
+
+    rate, samples = wavfile.read(file)
+    return stft(samples / 32768, nperseg=512)[2], (0, len(samples) / rate, 0, rate / 2000)
+
+
 def save(figure: Figure, file: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     import io
@@ -168,13 +280,20 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def _figure(panels: int, width: float = 3.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    figure, axes = _grid(1, panels, width, height)
+    return figure, axes[0]
+
+
+def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """Panels of this size in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    return figure, [list(line) for line in axes]
 
 
 def _sparsity_axis(axis: Axes) -> None:

@@ -28,15 +28,11 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("recall thr.", "recall.threshold"),
     ("BA argmax", "balanced_accuracy.argmax"),
     ("accuracy", "accuracy"),
-    ("similarity", "similarity"),
-)
-# Of data other than classes: shown where a run has them.
-_MORE: tuple[tuple[str, str], ...] = (
     ("PSNR", "psnr"),
     ("PSNR pooled", "psnr.pooled"),
     ("SI-SNRi", "si_snri"),
+    ("similarity", "similarity"),
 )
-
 
 _BA, _P, _R = "balanced_accuracy.threshold", "precision.threshold", "recall.threshold"
 
@@ -92,8 +88,18 @@ PAPER: dict[str, dict[tuple[str, float], dict[str, float]]] = {
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The columns, heading and key of a metric, that some row has."""
-    return [(heading, key) for heading, key in (*COLUMNS, *_MORE) if any(key in row["metrics"] for row in rows)]
+    """The columns, heading and key of a metric, that some row has.
+
+    A scene's figure ("si_snri.indoor") stands behind the mean over scenes.
+    """
+    had = dict.fromkeys(key for row in rows for key in row["metrics"])
+    found = []
+    for heading, key in COLUMNS:
+        if key in had:
+            found.append((heading, key))
+        if key == "si_snri":
+            found += [(scene.removeprefix("si_snri."), scene) for scene in had if scene.startswith("si_snri.")]
+    return found
 
 
 def group_rows(rows: Iterable[Row]) -> dict[tuple[str, str, str, float], list[Row]]:
@@ -102,6 +108,15 @@ def group_rows(rows: Iterable[Row]) -> dict[tuple[str, str, str, float], list[Ro
     for row in rows:
         groups.setdefault((row["method"], row["variant"], row["protocol"], row["sparsity"]), []).append(row)
     return groups
+
+
+# What is drawn against sparsity, and its title.
+CURVES = {
+    "balanced_accuracy.threshold": "balanced accuracy, score ≥ ½",
+    "accuracy": "accuracy, argmax",
+    "psnr": "PSNR (dB), mean over images",
+    "si_snri": "SI-SNR improvement (dB), mean over clips",
+}
 
 
 def environment() -> dict[str, Any]:
@@ -196,7 +211,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping[str, Any]) -> None:
     """Write figures/*.png, table.md, details.json and, last, table.json of a run to a folder, each whole or not at all.
 
-    A folder that holds a table.json holds all of them.
+    A folder that holds a table.json holds all of them. Examples in its `media` (`plots.example`) are drawn too.
     """
     from rtl import plots
     from rtl.alignment import Alignment
@@ -206,7 +221,8 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
 
     folder = Path(folder)
     figures = folder / "figures"
-    shown = {"balanced_accuracy.threshold": "balanced accuracy, score ≥ ½", "accuracy": "accuracy, argmax"}
+    had = {key for row in table["rows"] for key in row["metrics"]}
+    shown = {key: title for key, title in CURVES.items() if key in had}
     plots.save(plots.metric_against_sparsity(table["rows"], shown), figures / "metric.png")
     if "curve" in details:
         curve, found = Curve.from_json(details["curve"]), [Alarm(**alarm) for alarm in details["alarms"]]
@@ -219,6 +235,11 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
             plots.similarity_by_depth(Similarity.from_json(values), float(level)),
             figures / f"similarity-by-depth-{level}.png",
         )
+    if "per_image" in details:
+        plots.save(plots.psnr_by_image(details["per_image"]), figures / "psnr-by-image.png")
+        plots.save(plots.psnr_against_similarity(details["per_image"]), figures / "psnr-against-similarity.png")
+    for group in sorted({file.parent for name in plots.GIVEN for file in (folder / "media").glob(f"*/{name}.*")}):
+        plots.save(plots.example(group), figures / f"example-{group.name}.png")
     compared = beside_published(table["rows"], table.get("published", ()))
     tables = [markdown(lines) for lines in (summary(table["rows"]), compared) if lines]
     write_atomically(folder / "table.md", "\n".join(tables).encode())
@@ -325,7 +346,7 @@ def _curve_of_tickets(folder: Path) -> Curve | None:
 
     levels = sorted((path.parent for path in folder.glob("*/tickets.json")), key=lambda path: float(path.name))
     nets = [TicketNetwork.from_pretrained(level) for level in levels]
-    return Curve.of(nets[0].names, [net.net.banks for net in nets]) if nets else None
+    return Curve.of(nets[0].names, [net.net.banks for net in nets]) if nets and len(nets[0].names) > 1 else None
 
 
 def write_into(document: Path, table: Mapping[str, Any]) -> None:

@@ -82,7 +82,7 @@ def retrain(
                 losses.append(float(total) / steps)
                 if not math.isfinite(losses[-1]):
                     raise InputError(f"loss is {losses[-1]} after epoch {epoch + 1}: it diverged, use a smaller lr")
-                progress.advance(note=f"loss {losses[-1]:.3f}", loss=losses[-1])
+                progress.advance(note=f"loss {losses[-1]:.3g}", loss=losses[-1])
                 if time.perf_counter() - saved >= checkpoint_seconds and epoch + 1 < fit.epochs:
                     saved = time.perf_counter()
                     info = {"samples": samples, "seconds": seconds + saved - began, "losses": losses}
@@ -109,7 +109,15 @@ def retrain(
 
 
 def schedule(parts: Partition, subsets: list[int], fit: Fit, generator: torch.Generator) -> Iterator[Batch]:
-    """One epoch's steps, each a batch of one ticket ("sequential") or of all of them ("mixed")."""
+    """One epoch's steps, each a batch of one ticket ("sequential") or of all of them ("mixed", "pooled")."""
+    if fit.schedule == "pooled":
+        drawn = [fit.task.draw(parts, subset, generator) for subset in subsets]
+        owner = torch.cat([torch.full((len(own),), k) for k, own in enumerate(drawn)])
+        pool = torch.cat(drawn)
+        for chosen in split(torch.randperm(len(pool), generator=generator), fit.batch_size):
+            turn = [(k, subset, pool[chosen[owner[chosen] == k]]) for k, subset in enumerate(subsets)]
+            yield [one for one in turn if len(one[2])]
+        return
     size = fit.batch_size if fit.schedule == "sequential" else -(-fit.batch_size // len(subsets))
     batches = [split(fit.task.draw(parts, subset, generator), size) for subset in subsets]
     for m in range(max(len(own) for own in batches)):

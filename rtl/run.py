@@ -287,12 +287,21 @@ def slug(name: str) -> str:
 def write_atomically(file: Path, data: bytes) -> None:
     """Replace `file` by `data`, or leave it as it was: no reader and no crash ever sees a part of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """The path of a new file beside `file` for the block to write, which takes its place when the block ends well."""
     temporary = file.parent / f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
     try:
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -1,13 +1,15 @@
 """What a ticket learns: which samples one epoch draws for it, their targets, and the loss.
 
 A task is stateless. `draw` gives the sample positions of one epoch, `target` what they should give, `losses` one loss a
-sample from the model's output; `ticket` is always a position in the partition.
+sample from the model's output; `ticket` is always a position in the partition. A task without classes also says how
+its outputs are judged (`Measured`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,20 @@ class Task(Protocol):
 
     def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
         """One loss for each row, float (n,). `output` is the model's (n, ...), `ticket` int64 (n,)."""
+
+
+@runtime_checkable
+class Measured(Task, Protocol):
+    """A task whose samples are each judged by one number."""
+
+    @property
+    def metric(self) -> str:
+        """The name of the figure, from DESIGN's vocabulary."""
+
+    def measure(self, output: Tensor, target: Tensor) -> Tensor:
+        """One number for each row, float (n,). `summary` turns its mean over any set of samples into the figure."""
+
+    def summary(self, mean: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,7 @@ class Regression:
     """Squared error on the data's float targets, over the ticket's subset; a sample's loss is its mean."""
 
     name = "regression"
+    metric = "mse"
 
     def draw(self, parts: Partition, ticket: int, generator: torch.Generator) -> Tensor:
         return _shuffled(parts[ticket], generator)
@@ -90,12 +107,121 @@ class Regression:
         return parts.data.targets[index]
 
     def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
-        if output.shape != target.shape:
-            raise InputError(f"targets have shape {tuple(target.shape)}, but the model gives {tuple(output.shape)}")
-        return (output - target).square().flatten(1).mean(1)
+        return _squared_errors(output, target)
+
+    def measure(self, output: Tensor, target: Tensor) -> Tensor:
+        return _squared_errors(output, target)
+
+    def summary(self, mean: float) -> float:
+        return mean
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (OneVsRest(), MultiClass(), Regression())}
+@dataclass(frozen=True)
+class Pixels:
+    """Colours, with 1 for white, at the pixels of the ticket's region: squared error, judged by PSNR in dB.
+
+    Args:
+        samples: pixels an epoch presents, so that regions of any size take equally many steps: all of the region in
+            random order, again and again. None: each pixel once.
+        by_area: `samples` are of all regions together, each its share of the area.
+
+    Raises:
+        InputError: samples below 1, or none given to share by area.
+    """
+
+    samples: int | None = None
+    by_area: bool = False
+    name = "pixels"
+    metric = "psnr"
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise InputError(f"samples is {self.samples}, expected 1 or more, or None")
+        if self.by_area and self.samples is None:
+            raise InputError("by_area is True with samples None, expected a number of pixels to share")
+
+    def draw(self, parts: Partition, ticket: int, generator: torch.Generator) -> Tensor:
+        region = parts[ticket]
+        samples = len(region) if self.samples is None else self.samples
+        if self.by_area:  # rounded so that the shares of all regions add up
+            before, total = int((parts.index < ticket).sum()), len(parts.data)
+            samples = round(samples * (before + len(region)) / total) - round(samples * before / total)
+        passes = -(-samples // max(len(region), 1))
+        return torch.cat([region[:0], *(_shuffled(region, generator) for _ in range(passes))])[:samples]
+
+    def target(self, parts: Partition, ticket: int, index: Tensor) -> Tensor:
+        return parts.data.targets[index]
+
+    def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
+        return _squared_errors(output, target)
+
+    def measure(self, output: Tensor, target: Tensor) -> Tensor:
+        """Of what is shown: colours outside [0, 1] are cut off."""
+        return _squared_errors(output.clamp(0, 1), target)
+
+    def summary(self, mean: float) -> float:
+        return psnr(mean)
+
+
+@dataclass(frozen=True)
+class Enhancement:
+    """Clean speech from noisy: weighted SDR loss, judged by the improvement of SI-SNR over the mixture's, in dB.
+
+    Data holds mixtures as inputs, clean speech as targets, float32 (N, samples), not normalised. A target is both:
+    (n, 2, samples), clean speech and mixture.
+    """
+
+    name = "enhancement"
+    metric = "si_snri"
+
+    def draw(self, parts: Partition, ticket: int, generator: torch.Generator) -> Tensor:
+        return _shuffled(parts[ticket], generator)
+
+    def target(self, parts: Partition, ticket: int, index: Tensor) -> Tensor:
+        return torch.stack([parts.data.targets[index], parts.data.inputs[index]], 1)
+
+    def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
+        return weighted_sdr_losses(output, target[:, 0], target[:, 1])
+
+    def measure(self, output: Tensor, target: Tensor) -> Tensor:
+        try:
+            from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio as si_snr
+        except ImportError as error:
+            raise InputError(f"SI-SNR needs torchmetrics ({error}): pip install 'rtl-kernels[speech]'") from error
+        clean, mixture = target[:, 0].double(), target[:, 1].double()
+        return si_snr(output.double(), clean) - si_snr(mixture, clean)
+
+    def summary(self, mean: float) -> float:
+        return mean
+
+
+def weighted_sdr_losses(output: Tensor, clean: Tensor, mixture: Tensor) -> Tensor:
+    """−α·cos(clean, output) − (1 − α)·cos(noise, mixture − output), α the clean speech's share of the energy.
+
+    Args: all (n, samples); gives (n,), in [−1, 1]. Source: H.-S. Choi et al., arXiv 1903.03107, equation 8.
+    """
+    noise = mixture - clean
+    energies = clean.square().sum(1), noise.square().sum(1)
+    share = energies[0] / (energies[0] + energies[1]).clamp(min=1e-12)
+    speech = F.cosine_similarity(clean, output, dim=1)
+    rest = F.cosine_similarity(noise, mixture - output, dim=1)
+    return -share * speech - (1 - share) * rest
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error, the peak being 1; a perfect picture has 100 dB."""
+    return -10 * math.log10(max(mse, 1e-10))
+
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (OneVsRest(), MultiClass(), Regression(), Pixels(), Enhancement())
+}
+
+
+def _squared_errors(output: Tensor, target: Tensor) -> Tensor:
+    if output.shape != target.shape:
+        raise InputError(f"targets have shape {tuple(target.shape)}, but the model gives {tuple(output.shape)}")
+    return (output - target).square().flatten(1).mean(1)
 
 
 def _shuffled(index: Tensor, generator: torch.Generator) -> Tensor:

@@ -95,11 +95,16 @@ def conv_bn(
 def kaiming_(model: nn.Module) -> None:
     """Draws every weight of a convolution or linear layer from N(0, 2 / fan-in); their biases become 0.
 
-    Fan-in, so that a depthwise filter is counted as the 9 or 25 weights it sums over. Magnitudes are compared between
+    Fan-in, so that a depthwise filter is counted as the 9 or 25 weights it sums over, and a transposed convolution as
+    those that meet in one output (the stride leaves out the others). Magnitudes are compared between
     layers when tickets are pruned, so this choice is part of the method. K. He et al., arXiv 1502.01852.
     """
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.normal_(module.weight, std=math.sqrt(2 / module.weight[0].numel()))
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            if isinstance(module, nn.ConvTranspose2d):  # its weight is (in, out, ...)
+                fan_in = module.weight[:, 0].numel() / math.prod(module.stride)
+            else:
+                fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from rtl.errors import InputError
-from rtl.recipes.classification import METHODS, Classification
+from rtl.recipes.classification import Classification, load, run_classification
+from rtl.recipes.experiment import METHODS, Details, Row
+from rtl.recipes.inr import Inr, load_pictures, run_inr
+from rtl.recipes.speech import Speech, load_speech, run_speech
+from rtl.run import Run
+from rtl.tensorboard import Board
 
-__all__ = ["RECIPES", "Classification", "recipe"]
+__all__ = ["RECIPES", "Classification", "Config", "Inr", "Speech", "load_data", "recipe", "run_recipe"]
+
+Config = Classification | Inr | Speech
 
 
 def digits(protocol: str = "quick") -> Classification:
@@ -110,16 +119,98 @@ def cifar10_tuned(protocol: str = "quick") -> Classification:
     )
 
 
-RECIPES: dict[str, Callable[..., Classification]] = {
+def inr(protocol: str = "reduced") -> Inr:
+    """A picture from its pixels' coordinates, a ticket a region (the paper's experiment 3). Images: --image FILE
+    (with --mask FILE, or regions are found), a folder of images with masks (--data), or scikit-learn's photographs."""
+    _one_of(protocol, "reduced", "paper")
+    reduced = protocol == "reduced"
+    return Inr(
+        recipe="inr",
+        protocol=protocol,
+        image=None,
+        mask=None,
+        images=(),
+        longest_side=160 if reduced else None,
+        regions=6,
+        seeds=(0,),
+        methods=("rtl", "imp_single", "dense"),
+        sparsities=(0.25, 0.5, 0.75, 0.9),
+        remove=13472 if reduced else 4096,
+        round_steps=500 if reduced else 10_000,
+        retrain_steps=1000 if reduced else 10_000,
+        batch_size=2048 if reduced else 16_384,  # the paper does not say how many
+        lr=0.01,
+    )
+
+
+def speech(protocol: str = "reduced") -> Speech:
+    """Speech without the noise behind it, a ticket an acoustic scene (the paper's experiment 4); needs recordings of
+    speech and of noise (--data), and pip install 'rtl-kernels[speech]'."""
+    _one_of(protocol, "reduced", "paper")
+    reduced = protocol == "reduced"
+    return Speech(
+        recipe="speech",
+        protocol=protocol,
+        clip_seconds=2.0 if reduced else 10.0,
+        train_clips=120 if reduced else 1200,  # of a scene; the paper does not say how many
+        test_seconds=4.0 if reduced else 10.0,
+        test_clips=20 if reduced else 100,
+        snrs=(0.0, 5.0, -5.0),  # the paper does not say which
+        mix_seed=0,
+        seeds=(0, 1, 2),
+        methods=METHODS,
+        sparsities=(0.25, 0.5, 0.75),
+        remove=9342 if reduced else 4096,
+        round_epochs=4 if reduced else 10,
+        retrain_epochs=8 if reduced else 10,
+        batch_size=4 if reduced else 8,  # the paper does not say how many
+        lr=2e-3 if reduced else 1e-4,
+    )
+
+
+RECIPES: dict[str, Callable[..., Config]] = {
     "digits": digits,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "cifar10-switches": cifar10_switches,
     "cifar10-tuned": cifar10_tuned,
+    "inr": inr,
+    "speech": speech,
 }
 
 
-def recipe(name: str, protocol: str | None = None) -> Classification:
+def load_data(config: Config, root: Path | None) -> Any:
+    """What `run_recipe` needs beside a configuration.
+
+    Args:
+        config: the recipe.
+        root: the data root; None: what the recipe then takes (see its description).
+
+    Raises:
+        InputError: the data is not where it should be, or the recipe cannot be run on it.
+    """
+    if isinstance(config, Inr):
+        return load_pictures(config, root)
+    return load_speech(config, root) if isinstance(config, Speech) else load(config, root)
+
+
+def run_recipe(config: Config, run: Run, data: Any, board: Board | None = None) -> tuple[list[Row], Details]:
+    """Run a recipe in a folder, or resume it, on what `load_data` gave: the rows of table.json and the details.
+
+    `board` gets curves and pictures on the way.
+    """
+    if isinstance(config, Classification):
+        train, test = data
+        return run_classification(config, run, train, test, board)
+    if board is not None:
+        run.progress.listen(board.event)
+    rows, details = run_inr(config, run, data) if isinstance(config, Inr) else run_speech(config, run, *data)
+    if board is not None:
+        board.results(rows, details)
+    return rows, details
+
+
+def recipe(name: str, protocol: str | None = None) -> Config:
     """The configuration of a recipe under one of its protocols (None: its first).
 
     Raises InputError for a recipe or protocol that does not exist.

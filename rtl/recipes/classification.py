@@ -20,25 +20,20 @@ import rtl.models
 from rtl import examples, route
 from rtl.calibrate import calibrate
 from rtl.data import Data, cifar10, cifar100, data_root, digits
-from rtl.diagnose import diagnose, similarity
+from rtl.diagnose import similarity
 from rtl.errors import InputError
 from rtl.evaluate import evaluate, log_odds, ticket_scores
 from rtl.extract import Extraction, PrunePlan, extract_all
 from rtl.fit import Fit, masked_copy
 from rtl.partition import Partition, by_label, whole
 from rtl.predict import Inputs
+from rtl.recipes.experiment import Details, Method, Row, check_choices, tickets_details
 from rtl.recipes.published import clusters
-from rtl.report import insights
 from rtl.retrain import presented, retrain, retrained
 from rtl.run import Artefact, Run, slug
 from rtl.tasks import MultiClass, OneVsRest
 from rtl.tensorboard import Board
 from rtl.tickets import TicketMasks, TicketNetwork, Tickets
-
-Method = Literal["rtl", "imp_single", "imp_multiple", "dense"]
-Row = dict[str, Any]
-Details = dict[str, Any]
-METHODS: tuple[Method, ...] = ("rtl", "imp_single", "imp_multiple", "dense")
 
 _DATA = ("dataset", "model", "train_files", "holdout")
 _TRAINING = (*_DATA, "retrain_epochs", "batch_size", "lr", "lr_schedule", "augment")
@@ -112,13 +107,7 @@ class Classification:
     tag: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "methods", "sparsities"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise InputError(f"{name} is {values}, expected one or more different values")
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown:
-            raise InputError(f"methods holds {unknown[0]!r}, expected some of {', '.join(METHODS)}")
+        check_choices(self)
         if not 0 <= self.holdout <= 0.5:
             raise InputError(f"holdout is {self.holdout}, expected a fraction from 0 to 0.5")
         if self.start not in ("theta0", "extracted"):
@@ -383,11 +372,7 @@ def run_classification(
     details: Details = {"class_names": by_label(train).names, "per_class": per_class}
     first = next((job for job in jobs if job.method in ("rtl", "imp_multiple")), None)
     if first is not None:
-        tickets = found[first.extraction]
-        diagnosis = diagnose(tickets)
-        details["similarity"] = {f"{level:g}": values.to_json() for level, values in diagnosis.items()}
-        stages = {f"{level:g}": curve for level, curve in tickets.stages.items()}
-        details |= insights(diagnosis.curve, stages=stages)
+        details |= tickets_details(found[first.extraction])
     routed = [job for job in jobs if job.method == "rtl"]
     if routed:
         found_by = {job: job.run.load(job.key("route")).info for job in routed}

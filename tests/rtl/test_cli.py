@@ -107,7 +107,8 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
         ("show digits --protocol paper", "protocol is 'paper', expected one of quick"),
         (
             "run",
-            "no recipe is given, expected one of digits, cifar10, cifar100, cifar10-switches, cifar10-tuned: for",
+            "no recipe is given, expected one of digits, cifar10, cifar100, cifar10-switches, cifar10-tuned, inr, "
+            "speech: for example",
         ),
         ("run --lr 1", "no recipe is given"),
         ("run nope", "recipe is 'nope', expected one of digits, cifar10"),

@@ -9,7 +9,7 @@ from toys import TinyConv, identity_network, images, seeded
 import rtl_kernels as rk
 from rtl.data import Data
 from rtl.errors import InputError
-from rtl.evaluate import classification_metrics, evaluate, ticket_scores
+from rtl.evaluate import classification_metrics, evaluate, predict, ticket_scores
 from rtl.fit import masked_copy
 from rtl.partition import LabelRule, Partition, by_label
 from rtl.tickets import TicketNetwork
@@ -165,8 +165,43 @@ def test_regression_is_the_mean_squared_error_of_each_samples_own_ticket():
     net = identity_network("xy", task="regression", masks=masks)
     index = torch.arange(20) % 2
     found = evaluate(net, Partition(data, ("x", "y"), index, LabelRule((), ())))
-    output = data.inputs * (index == 0)[:, None]
-    assert found.metrics == pytest.approx({"mse": float(((output - data.targets) ** 2).mean())})
+    errors = ((data.inputs * (index == 0)[:, None] - data.targets) ** 2).mean(1)
+    assert found.metrics == pytest.approx({"mse": float(errors.mean())})
+    assert found.per_class["mse"] == pytest.approx([float(errors[index == k].mean()) for k in (0, 1)])
+
+
+def test_networks_of_one_ticket_each_predict_in_their_own_subsets():
+    torch.manual_seed(0)
+    data = Data(torch.randn(9, 2), torch.randn(9, 2))
+    masks = torch.stack([torch.eye(2), torch.ones(2, 2) - torch.eye(2)]).bool()
+    index = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 1])
+    parts = Partition(data, ("x", "y"), index, LabelRule((), ()))
+    together = identity_network("xy", task="regression", masks=masks)
+    alone = [identity_network("xy"[k], (k,), task="regression", classes=2, masks=masks[k : k + 1]) for k in (1, 0)]
+    assert evaluate(alone, parts, batch_size=2) == evaluate(together, parts)
+    assert torch.equal(predict(alone, parts, 2), predict([together], parts))
+    assert torch.equal(predict(alone, parts), data.inputs * (index == 0)[:, None])
+    first = Partition(data, ("x", "y"), index * 0, LabelRule((), ()))  # nothing for the other network
+    assert torch.equal(predict(alone, first), data.inputs)
+
+
+def test_one_network_for_all_samples_is_judged_in_each_subset_it_does_not_know_of():
+    data = Data(torch.randn(6, 2), torch.zeros(6, 2))
+    per = Partition(data, ("x", "y", "none"), torch.tensor([0, 0, 1, 1, 1, -1]), LabelRule((), ()))
+    net = identity_network(("all",), task="regression", classes=2)
+    found = evaluate(net, data, per=per)
+    errors = data.inputs.square().mean(1)
+    assert found.metrics["mse"] == pytest.approx(float(errors.mean()))
+    assert found.per_class["mse"][:2] == pytest.approx([float(errors[:2].mean()), float(errors[2:5].mean())])
+    assert np.isnan(found.per_class["mse"][2])
+    assert evaluate(net, data).per_class == {}
+    with pytest.raises(InputError, match="per is of 6 samples, but test holds 5"):
+        evaluate(net, data.select(torch.arange(5)), per=per)
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(InputError, match="net is of task 'magic', expected one of one_vs_rest"):
+        evaluate(identity_network(task="magic"), logits())
 
 
 def test_one_pass_of_all_tickets_scores_as_a_pass_for_each_ticket():

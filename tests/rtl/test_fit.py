@@ -9,7 +9,7 @@ import rtl_kernels as rk
 from rtl.errors import InputError
 from rtl.fit import Fit, digest, masked_copy, new_optimizer, rewind, split, state, step
 from rtl.partition import by_label
-from rtl.tasks import OneVsRest
+from rtl.tasks import OneVsRest, Pixels
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from rtl.tasks import OneVsRest
         ({"lr": 0.0}, "lr is 0.0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": float("inf")}, "lr is inf"),
-        ({"schedule": "mixd"}, "schedule is 'mixd', expected one of sequential, mixed"),
+        ({"schedule": "mixd"}, "schedule is 'mixd', expected one of sequential, mixed, pooled"),
         ({"masked": "weights"}, "masked is 'weights', expected one of update, gradient"),
         ({"lr_schedule": "linear"}, "lr_schedule is 'linear', expected one of constant, cosine"),
         ({"augment": "flip"}, "augment is 'flip', expected one of none, crop_flip"),
@@ -117,3 +117,10 @@ def _full(value, index):
 
 def _logits(net, parts, mask, index):
     return net(parts.data.batch(index)[0], _full(mask, index)).detach()
+
+
+def test_a_fit_is_described_with_all_that_its_task_was_given():
+    assert Fit().described()["task"] == "one_vs_rest"
+    described = Fit(lr=0.5, task=Pixels(7)).described()
+    assert described["task"] == {"name": "pixels", "samples": 7, "by_area": False}
+    assert described["lr"] == 0.5

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtl.data import Data
+from rtl.data.pictures import coordinates
 from rtl.errors import InputError
-from rtl.partition import Partition, by_cluster, by_label, by_metadata
+from rtl.partition import Partition, by_cluster, by_label, by_metadata, by_region
 
 NAMES = ("cat", "dog", "ship", "truck")
 
@@ -258,3 +259,43 @@ def test_new_data_of_another_width_is_refused():
     parts = by_cluster(blobs(), 3)
     with pytest.raises(InputError, match="features has 3 columns, but the centroids 2"):
         parts.apply(Data(torch.zeros(1, 3), torch.tensor([0])))
+
+
+# Regions of an image
+
+
+def pixels(colours, height=6):
+    """Three stripes of equal colour, of 6, 3 and 1 columns."""
+    row = torch.tensor([colours[0]] * 6 + [colours[1]] * 3 + [colours[2]])
+    return Data(coordinates(height, 10), row.repeat(height, 1))
+
+
+STRIPES = pixels([[0.1, 0.1, 0.1], [0.9, 0.1, 0.1], [0.1, 0.1, 0.9]])
+
+
+def test_regions_are_stretches_of_one_colour_the_largest_first():
+    parts = by_region(STRIPES, 3)
+    assert parts.names == ("region-0", "region-1", "region-2")
+    assert parts.index.view(6, 10).tolist() == [[0] * 6 + [1] * 3 + [2]] * 6
+
+
+def test_regions_of_one_colour_are_apart_by_position_alone():
+    same = pixels([[0.5, 0.5, 0.5]] * 3)
+    halves = by_region(same, 2).index.view(6, 10)
+    assert sorted([halves[0, :5].unique().tolist(), halves[0, 5:].unique().tolist()]) == [[0], [1]]
+    assert by_region(STRIPES, 3, position=0.0).counts() == {"region-0": 36, "region-1": 18, "region-2": 6}
+
+
+def test_one_region_is_the_image_and_new_pixels_go_to_the_nearest_centre():
+    assert by_region(STRIPES, 1).counts() == {"region-0": 60}
+    parts = by_region(STRIPES, 3)
+    assert torch.equal(parts.apply(STRIPES.select(torch.arange(10))).index, parts.index[:10])
+    assert torch.equal(by_region(STRIPES, 3).index, parts.index)
+
+
+def test_regions_of_what_is_no_image_or_of_too_few_pixels_are_refused():
+    with pytest.raises(InputError, match=r"but pixels, .* are needed"):
+        by_region(blobs())
+    for number in (0, 61):
+        with pytest.raises(InputError, match=f"num_regions is {number}, but there are 60 different pixels"):
+            by_region(STRIPES, number)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from test_report import row
@@ -60,7 +61,7 @@ def curve(k=3, layers=2):
     """Two rounds of masks over layers of 100 weights: 50, then 25 kept, 40 and 20 of them shared."""
     both = torch.stack([torch.full((k, k), shared).fill_diagonal_(kept) for kept, shared in ((50, 40), (25, 20))])
     names = [f"layer{n}" for n in range(layers)]
-    return Curve(tuple("abcdefghijklmno"[:k]), dict.fromkeys(names, 100), dict.fromkeys(names, both))
+    return Curve(tuple("abcdefghijklmno"[:k]), dict.fromkeys(names, 100), {name: both.clone() for name in names})
 
 
 def test_similarity_is_a_line_for_each_ticket_between_both_baselines_with_its_alarm():
@@ -129,3 +130,63 @@ def test_alignment_shows_meaning_the_first_and_last_layers_masks_and_both_over_d
     assert list(rho.get_ydata()) == pytest.approx(found.rho[1, 1:].tolist(), nan_ok=True)
     plots.save(figure, tmp_path / "alignment.png")
     assert (tmp_path / "alignment.png").stat().st_size > 5000
+
+
+def per_image(image, method, sparsity, psnr, similarity=None):
+    one = {"image": image, "method": method, "sparsity": sparsity, "seed": 0, "psnr": psnr}
+    if similarity:
+        one |= {
+            "similarity_by_region": similarity,
+            "psnr_by_region": [10.0, 20.0],
+            "spearman": {"rho": None, "p": None},
+        }
+    return one
+
+
+def test_every_image_has_its_psnr_by_method_at_each_sparsity():
+    found = [per_image(i, m, s, 20 + s) for i in ("a", "b") for m in ("rtl", "imp_single") for s in (0.5, 0.75)]
+    figure = plots.psnr_by_image([*found, per_image("a", "dense", 0.0, 30)])
+    assert [axis.get_title() for axis in figure.axes] == ["PSNR (dB) at 50% sparsity", "PSNR (dB) at 75% sparsity"]
+    drawn = lines(figure.axes[1])
+    assert list(drawn["RTL"].get_ydata()) == [20.75, 20.75]
+    assert list(drawn["dense"].get_ydata()) == [30]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b"]
+
+
+def test_regions_are_points_of_similarity_and_psnr():
+    found = [per_image(i, "rtl", 0.5, 20, similarity=[0.3, 0.6]) for i in ("a", "b")]
+    found[0]["spearman"]["rho"] = 0.5
+    figure = plots.psnr_against_similarity([*found, per_image("a", "imp_single", 0.5, 20)])
+    (axis,) = figure.axes
+    assert axis.get_title() == "50% sparsity, mean ρ 0.50"
+    assert [list(line.get_xdata()) for line in axis.get_lines()] == [[0.3, 0.6]] * 2
+
+
+def shown(figure):
+    return [[axis.get_title() for axis in figure.axes[i : i + 4] if axis.axison] for i in range(0, len(figure.axes), 4)]
+
+
+def test_a_picture_stands_beside_what_each_method_makes_of_it(tmp_path):
+    from PIL import Image
+
+    for k, name in enumerate(("target", "dense-0", "rtl-0.5", "rtl-0.75", "imp_single-0.5", "imp_single-0.75")):
+        Image.new("RGB", (8, 4), (40 * k, 0, 0)).save(tmp_path / f"{name}.png")
+    figure = plots.example(tmp_path)
+    assert shown(figure) == [["target", "dense", "RTL, 50%", "IMP single, 50%"], ["RTL, 75%", "IMP single, 75%"]]
+    assert int(figure.axes[-1].get_images()[0].get_array()[0, 0, 0]) == 200
+
+
+def test_a_sound_is_shown_as_spectrograms_of_seconds_and_khz_on_one_scale(tmp_path):
+    from scipy.io import wavfile
+
+    time = np.arange(16_000) / 16_000
+    for name, level in (("noisy", 20_000), ("clean", 20_000), ("rtl-0.5", 20)):
+        wavfile.write(tmp_path / f"{name}.wav", 16_000, (level * np.sin(2 * np.pi * 2000 * time)).astype(np.int16))
+    (titles,) = shown(figure := plots.example(tmp_path))
+    assert titles == ["noisy", "clean", "RTL, 50%"]
+    clean, faint = (axis.get_images()[0] for axis in figure.axes[1:])
+    assert clean.get_extent() == [0, 1, 0, 8]
+    loudest = clean.get_array().max(axis=1).argmax() / (len(clean.get_array()) - 1) * 8
+    assert loudest == pytest.approx(2, abs=0.05)  # kHz
+    assert clean.get_array().max() == 0
+    assert faint.get_array().max() == pytest.approx(-60, abs=1)  # a thousandth of the level

@@ -23,8 +23,9 @@ from rtl.fit import Fit, digest
 from rtl.partition import by_label, whole
 from rtl.predict import Inputs
 from rtl.progress import Progress
-from rtl.recipes import RECIPES, Classification, recipe
-from rtl.recipes.classification import METHODS, load, new_model, run_classification
+from rtl.recipes import RECIPES, Classification, Inr, Speech, recipe
+from rtl.recipes.classification import load, new_model, run_classification
+from rtl.recipes.experiment import METHODS
 from rtl.recipes.published import clusters, published
 from rtl.retrain import retrain
 from rtl.run import Run
@@ -185,7 +186,8 @@ def test_whatever_differs_from_the_protocol_is_named_for_the_methods_it_matters_
 
 
 def test_every_recipe_and_protocol_as_it_is_has_only_its_own_name():
-    for name, protocol in [(n, None) for n in RECIPES] + [("cifar10", "quick"), ("cifar10", "paper")]:
+    classes = [name for name, make in RECIPES.items() if isinstance(make(), Classification)]
+    for name, protocol in [(n, None) for n in classes] + [("cifar10", "quick"), ("cifar10", "paper")]:
         config = recipe(name, protocol)
         for method in METHODS:
             assert config.variant(method) == ("tuned" if name == "cifar10-tuned" else "")
@@ -459,8 +461,10 @@ def test_methods_can_be_left_out(tmp_path, experiment, methods):
     assert ("similarity" in details) == (methods != ("dense",))
 
 
-def test_configurations_are_classifications():
-    assert all(isinstance(make(), Classification) for make in RECIPES.values())
+def test_every_recipe_has_its_kind_of_configuration():
+    kinds = {name: type(make()) for name, make in RECIPES.items()}
+    assert (kinds.pop("inr"), kinds.pop("speech")) == (Inr, Speech)
+    assert set(kinds.values()) == {Classification}
 
 
 # Switches, calibration and unequal subsets, on one class fewer

@@ -187,6 +187,13 @@ def test_one_seed_has_no_spread_and_a_missing_metric_is_a_dash():
     assert "PSNR" not in head  # no row has one
 
 
+def test_scenes_have_columns_behind_their_mean():
+    metrics = {"si_snri.indoor": 5.0, "si_snri.outdoor": 7.0, "si_snri": 6.0}
+    head, line = summary([row() | {"metrics": metrics}])
+    assert head[3:6] == ["SI-SNRi", "indoor", "outdoor"]
+    assert line[3:6] == ["6.000", "5.000", "7.000"]
+
+
 def test_markdown_is_a_table_with_figures_to_the_right():
     assert markdown([["method", "x"], ["RTL", "1"]]) == "| method | x |\n| --- | ---: |\n| RTL | 1 |\n"
 

@@ -111,6 +111,21 @@ def test_mixed_steps_and_samples_equal_the_sequential_ones_up_to_rounding_for_un
     assert abs(counts["mixed"][1] / counts["sequential"][1] - 1) < 0.05
 
 
+def test_pooled_steps_show_every_drawn_sample_once_and_a_ticket_as_often_as_it_has_samples(parts):
+    steps = epoch(parts, [2, 0], Fit(batch_size=16, schedule="pooled", task=MultiClass()))
+    assert [sum(len(index) for _, _, index in batch) for batch in steps] == [16, 14]  # 20 samples and 10
+    for k, subset in enumerate((2, 0)):
+        seen = torch.cat([index for batch in steps for own, _, index in batch if own == k])
+        assert torch.equal(seen.sort().values, parts[subset])
+    assert all(subset == [2, 0][k] and len(index) for batch in steps for k, subset, index in batch)
+    assert any(len(batch) == 2 for batch in steps)
+
+
+def test_a_pooled_step_leaves_out_tickets_without_a_sample(parts):
+    steps = epoch(parts, [0, 1], Fit(batch_size=2, schedule="pooled", task=MultiClass()))
+    assert {len(batch) for batch in steps} == {1, 2}
+
+
 # Algorithm 2
 
 

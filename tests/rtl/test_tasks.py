@@ -8,7 +8,7 @@ from toys import blobs
 from rtl.data import Data
 from rtl.errors import InputError
 from rtl.partition import LabelRule, Partition, by_label, whole
-from rtl.tasks import TASKS, MultiClass, OneVsRest, Regression
+from rtl.tasks import TASKS, MultiClass, OneVsRest, Pixels, Regression, psnr
 
 
 def draw(task, parts, ticket, seed=0):
@@ -110,3 +110,41 @@ def test_regression_is_each_samples_mean_squared_error():
 def test_regression_refuses_an_output_of_another_shape_instead_of_broadcasting():
     with pytest.raises(InputError, match=r"\(3, 1\).*\(3,\)"):
         Regression().losses(torch.zeros(3), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
+
+
+def test_pixels_are_drawn_again_only_after_all_others_of_the_region():
+    parts = by_label(blobs((10, 30)))
+    index = draw(Pixels(25), parts, 0)
+    assert len(index) == 25
+    for part in index.split(10):
+        assert len(part.unique()) == len(part)
+        assert (parts.index[part] == 0).all()
+    assert index[:10].tolist() != index[10:20].tolist()
+    assert torch.equal(draw(Pixels(), parts, 1).sort().values, parts[1])
+    assert len(draw(Pixels(7), parts, 1).unique()) == 7
+
+
+def test_pixels_by_area_add_up_to_what_was_asked_for():
+    parts = by_label(blobs((1, 50, 9)))
+    for samples in (1, 7, 60, 200):
+        counts = [len(draw(Pixels(samples, by_area=True), parts, k)) for k in range(3)]
+        assert sum(counts) == samples
+        assert all(abs(n - samples * share / 60) <= 1 for n, share in zip(counts, (1, 50, 9), strict=True))
+
+
+@pytest.mark.parametrize("arguments", [{"samples": 0}, {"by_area": True}])
+def test_pixels_without_a_number_to_draw_are_refused(arguments):
+    with pytest.raises(InputError, match=r"samples is 0|samples None"):
+        Pixels(**arguments)
+
+
+def test_pixels_are_judged_by_what_is_shown_and_taught_by_what_is_given():
+    output, target = torch.tensor([[1.5, 0.5, -1.0]]), torch.tensor([[1.0, 0.5, 0.0]])
+    assert float(Pixels().measure(output, target)) == 0
+    assert float(Pixels().losses(output, target, torch.zeros(1))) == pytest.approx((0.25 + 1) / 3)
+
+
+def test_psnr_is_ten_times_the_logarithm_of_the_inverse_error():
+    assert psnr(0.01) == pytest.approx(20)
+    assert Pixels().summary(1.0) == 0
+    assert psnr(0.0) == 100

@@ -1,0 +1,210 @@
+"""The speech experiment: a ticket an acoustic scene, that takes the scene's noise from speech."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rtl import models
+from rtl.data import Data, data_root
+from rtl.data.speech import PEAK, RATE, corpus, mixtures, soundfile_module
+from rtl.errors import InputError
+from rtl.evaluate import predict
+from rtl.extract import PrunePlan
+from rtl.fit import Fit, masked_copy
+from rtl.partition import by_metadata, whole
+from rtl.recipes.experiment import (
+    Details,
+    Method,
+    Outcome,
+    Row,
+    Trial,
+    check_choices,
+    row,
+    run_trials,
+    tickets_details,
+    variant,
+)
+from rtl.run import Run, slug, write_atomically
+from rtl.tasks import Enhancement
+
+HEARD: tuple[Method, ...] = ("rtl", "imp_single")  # in the examples
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Everything a run of the speech experiment depends on, beside the recordings in `--data`.
+
+    Args:
+        recipe: its name.
+        protocol: "paper", or "reduced" (shorter and fewer clips, larger pruning steps, fewer epochs).
+        clip_seconds: of a training clip.
+        train_clips: training mixtures of each scene.
+        test_seconds: of a test clip.
+        test_clips: test mixtures of each scene.
+        snrs: signal-to-noise ratios of the mixtures in dB, in turn.
+        mix_seed: of the mixtures, which are the same for all seeds.
+        seeds: one whole experiment each.
+        methods: what is compared.
+        sparsities: at which every method is retrained and evaluated.
+        remove: weights each round removes: a number, or a fraction of those that survive.
+        round_epochs: epochs of a round of extraction, the same for every method: there are no negatives.
+        retrain_epochs: likewise of retraining.
+        batch_size, lr, schedule, batch_norm: as in `rtl.Fit`.
+    """
+
+    recipe: str
+    protocol: str
+    clip_seconds: float
+    train_clips: int
+    test_seconds: float
+    test_clips: int
+    snrs: tuple[float, ...]
+    mix_seed: int
+    seeds: tuple[int, ...]
+    methods: tuple[Method, ...]
+    sparsities: tuple[float, ...]
+    remove: int | float
+    round_epochs: int
+    retrain_epochs: int
+    batch_size: int
+    lr: float
+    schedule: Literal["sequential", "mixed"] = "sequential"
+    batch_norm: Literal["per_ticket", "shared"] = "per_ticket"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _ = self.plan, self.fit("rtl", self.round_epochs), self.fit("rtl", self.retrain_epochs)  # their checks
+
+    @property
+    def plan(self) -> PrunePlan:
+        return PrunePlan(self.remove, max(self.sparsities), self.sparsities)
+
+    def fit(self, method: Method, epochs: int) -> Fit:
+        return Fit(
+            epochs=epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            task=Enhancement(),
+            schedule=self.schedule if method == "rtl" else "sequential",
+            batch_norm=self.batch_norm if method in ("rtl", "imp_multiple") else "shared",
+        )
+
+
+def load_speech(config: Speech, root: Path | None) -> tuple[Data, Data]:
+    """(train, test) mixtures of a folder of speech and noise; None: the folder that RTL_DATA names.
+
+    Raises InputError: see `rtl.data.speech`; a package that is missing; or a plan that leaves no weight.
+    """
+    soundfile_module()
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise InputError("SI-SNR needs torchmetrics, which is not installed: pip install 'rtl-kernels[speech]'")
+    net = masked_copy(models.speech_unet(), 1, "shared")
+    config.plan.rounds(sum(bank.shape.numel() for bank in net.banks.values()))
+    found = corpus(data_root(root))
+    return (
+        mixtures(found, "train", config.train_clips, config.clip_seconds, config.snrs, config.mix_seed),
+        mixtures(found, "test", config.test_clips, config.test_seconds, config.snrs, config.mix_seed),
+    )
+
+
+def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[Row], Details]:
+    """Run the experiment, or resume it.
+
+    Args:
+        config: the recipe.
+        run: its folder. Refused if it holds another configuration.
+        train, test: what `load_speech` gives.
+
+    The first seed's networks of tickets are left in `tickets/SPARSITY`, as `TicketNetwork.from_pretrained` reads them,
+    and what they, and one pruned network, make of each scene's first test clip in `media/SCENE`.
+
+    Returns:
+        The rows of table.json, and the details: "per_class", the scenes' figures of every row; "clips", what the
+        examples are; and `tickets_details` of the first seed's tickets.
+
+    Raises:
+        InputError: see `Run.configure` and the method's own functions.
+    """
+    parts = by_metadata(train, "scene")
+    heard = parts.apply(test)
+    run.configure(config)
+    run.child("data").configure({"train": parts.fingerprint, "test": heard.fingerprint})
+    trials = []
+    for seed in config.seeds:
+        here = run.child(f"seed-{seed}", seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(here.seed_for("theta0"))
+            model = models.speech_unet()
+        for method in config.methods:
+            tickets = method in ("rtl", "imp_multiple")
+            trials.append(
+                Trial(
+                    method,
+                    here,
+                    model,
+                    parts if tickets else whole(train),
+                    config.fit("rtl" if method == "imp_multiple" else method, config.round_epochs),
+                    config.fit(method, config.retrain_epochs),
+                    heard if tickets else test,
+                    heard,
+                    config.batch_size,
+                )
+            )
+    outcomes = run_trials(trials, config.plan, run)
+    rows, per_class = [], []
+    for outcome in outcomes:
+        one = row(outcome, config.protocol, variant(config, outcome.trial.method))
+        scene = dict(zip(heard.names, outcome.found["per_class"]["si_snri"], strict=True))
+        one["metrics"] |= {f"si_snri.{name}": value for name, value in scene.items()}
+        rows.append(one)
+        per_class.append({key: one[key] for key in ("method", "sparsity", "seed")} | {"si_snri": scene})
+    details: Details = {"class_names": parts.names, "per_class": per_class}
+    mine = [outcome for outcome in outcomes if outcome.trial.run.seed == config.seeds[0]]
+    for outcome in mine:
+        if outcome.trial.method == "rtl":
+            outcome.networks()[0].save_pretrained(run.path / "tickets" / f"{outcome.masks.sparsity:g}")
+    first = next((outcome for outcome in mine if outcome.trial.method in ("rtl", "imp_multiple")), None)
+    if first is not None and len(parts) > 1:
+        details |= tickets_details(first.tickets)
+    for scene_number, name in enumerate(heard.names):
+        clip = heard[scene_number][:1]
+        details.setdefault("clips", {})[name] = {
+            key: test.metadata[key][int(clip)] for key in ("snr", "speech", "noise")
+        }
+        _write_examples(run, name, test.select(clip), mine)
+    return rows, details
+
+
+def _write_examples(run: Run, scene: str, clip: Data, outcomes: Sequence[Outcome]) -> None:
+    """One clip as it is, as it should be, and as tickets and one pruned network give it, all at one volume."""
+    shown: dict[str, Tensor] = {"noisy": clip.inputs[0], "clean": clip.targets[0]}
+    for outcome in outcomes:
+        if outcome.trial.method not in HEARD:
+            continue
+        test = outcome.trial.test
+        own = clip if isinstance(test, Data) else test.apply(clip)
+        shown[f"{outcome.trial.method}-{outcome.masks.sparsity:g}"] = predict(outcome.networks(), own)[0]
+    for name, pcm in _pcm(shown).items():
+        write_atomically(run.path / "media" / slug(scene) / f"{name}.wav", pcm)
+
+
+def _pcm(shown: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """WAV files of 16 bits, all turned down alike where the loudest would be clipped."""
+    from scipy.io import wavfile
+
+    gain = min(1.0, PEAK / max(float(samples.abs().max()) for samples in shown.values()))
+    files = {}
+    for name, samples in shown.items():
+        buffer = io.BytesIO()
+        wavfile.write(buffer, RATE, (samples.numpy() * gain * 32767).round().astype(np.int16))
+        files[name] = buffer.getvalue()
+    return files

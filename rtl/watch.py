@@ -137,6 +137,8 @@ def _curve(place: Path, names: Sequence[str], rounds: dict[str, list[Path]], com
         words = [safetensors.torch.load_file(rounds[name][number].with_suffix(".safetensors")) for name in names]
         layers = {}
         for layer in words[0]:
+            if "/" in layer:  # earlier epochs' masks, and weights, that are kept beside
+                continue
             together = torch.cat([one[layer] for one in words])
             layers[layer] = rk.MaskBank(together, (together.shape[1], 32 * together.shape[2]))
         banks.append(layers)

@@ -542,7 +542,7 @@ _operators: dict[tuple[str, str], Any] = {}
 
 def raw_operator(name: str, gradient: str = "") -> Any:
     """The raw operator `<operation>_<backend>`, or its derivative (`_grad_input`, …)."""
-    # Looked up once, 0.6 µs less a call; a trace has to see the lookup itself.
+    # Looked up once; a trace has to see the lookup itself.
     if torch.compiler.is_compiling():
         return _look_up(name, gradient)
     found = _operators.get((name, gradient))

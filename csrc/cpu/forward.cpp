@@ -311,8 +311,8 @@ class Runner {
     });
   }
 
-  // The tile of the weight after this one, `unit`'s share of it, into L2 while this one is computed. The kernels' own order
-  // would find it in DRAM one line at a time: 6 GB/s instead of 22.
+  // The tile of the weight after this one, `unit`'s share of it, into L2 while this one is computed. In the kernels'
+  // own order its lines would be waited for one by one.
   void fetch_ahead(int64_t row, int64_t rows, bool more, int64_t step, int64_t steps, int64_t unit, Multiply<T>& m) const {
     const int64_t units = int64_t(units_.size()), channels = plan_.channels;
     int64_t share = unit, shares = units, first = channels * (step + 1) / steps, last = channels * (step + 2) / steps;
@@ -573,7 +573,7 @@ class Runner {
         place_unit_ = samples;
         place_run_ = run;
       }
-      const bool groups_of_vectors = rows * area % k_.lanes == 0;
+      const bool stream = job_.stream_ && whole && rows * area % k_.lanes == 0;
       T* to[64];
       T* spare = dense ? nullptr : spare_.template take<T>(k_.lanes * area);
       for (int64_t lane = 0; lane < unit.count; lane += k_.lanes) {
@@ -583,7 +583,7 @@ class Runner {
             T* plane = job_.output(unit.start + lane + s) + (row + r) * job_.out_;
             to[s] = dense ? plane + (begin + phase.shift[0]) * plan_.out[1] : spare + s * area;
           }
-          k_.from_lanes({to, here, run, y + r * area * samples + lane, place_.data(), job_.stream_ && whole && groups_of_vectors});
+          k_.from_lanes({to, here, run, y + r * area * samples + lane, place_.data(), stream});
           if (dense) continue;
           for (int64_t s = 0; s < here; ++s)
             spread(spare + s * area, width, phase, begin, height, width,

@@ -490,3 +490,46 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("RTL_KERNELS_CACHE_MB", value)
         with pytest.raises(ValueError, match=f"RTL_KERNELS_CACHE_MB is '{value}', expected whole megabytes"):
             torch.ops.rtl_kernels.cpu_cache_limit()
+
+
+PLANES = {  # channels side by side, whole vectors of them and not; a channel at a time, rows of whole vectors and not
+    "3×2": (32, 5, 3, 2),
+    "2×2, many channels": (64, 184, 2, 2),
+    "4×4": (300, 9, 4, 4),
+    "16×16": (20, 7, 16, 16),
+    "37×41": (10, 3, 37, 41),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("planes", PLANES)
+def test_batch_norm_is_as_accurate_as_the_reference(planes: str, dtype: torch.dtype, threads: None) -> None:
+    """Three groups, one empty; means a few deviations off zero. The same bits on any threads, and of a group alone."""
+    operators, (rows, channels, *plane) = torch.ops.rtl_kernels, PLANES[planes]
+    g = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(rows, channels, *plane, generator=g, dtype=torch.float64) for _ in range(2))
+    weight, bias = (torch.randn(3, channels, generator=g, dtype=torch.float64) for _ in range(2))
+    x = 3 + 2 * x
+    own = rows // 3
+
+    def run(backend: str, dtype: torch.dtype, stop: int = rows) -> list[Tensor]:
+        a, d, w, b = (t.to(dtype) for t in (x[:stop], dy[:stop], weight, bias))
+        offsets = torch.tensor([0, 0, own, own, stop])
+        forward = getattr(operators, f"subset_batch_norm_{backend}")
+        y, mean, variance, inverse_std = forward(a, w, b, offsets, 1e-5)
+        backward = getattr(operators, f"subset_batch_norm_grad_{backend}")
+        return [y, mean, variance, inverse_std, *backward(d, a, w, offsets, mean, inverse_std, 1e-5)]
+
+    exact, reference, ours = run("reference", torch.float64), run("reference", dtype), run("cpu", dtype)
+    eps = torch.finfo(dtype).eps
+    names = ("y", "mean", "variance", "inverse_std", "dx", "dw", "db")
+    for name, e, r, o in zip(names, exact, reference, ours, strict=True):
+        allowed = 2 * largest(r.double() - e) + (64 if dtype == torch.float64 else 4) * eps * largest(e)
+        assert largest(o.double() - e) <= allowed, name
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(ours, run("cpu", dtype), strict=True))
+    alone = run("cpu", dtype, own)
+    assert torch.equal(alone[0], ours[0][:own])
+    assert torch.equal(alone[4], ours[4][:own])
+    assert torch.equal(alone[5][0], ours[5][0])

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import rtl_kernels as rk
 from rtl_kernels import functional, ops, testing
+from rtl_kernels.backends import cpu
 
 # ---- raw operators
 
@@ -62,15 +63,18 @@ def test_raw_operators_pass_opcheck(operation, kind, dtype, device, backend):
         torch.library.opcheck(operator, tuple(arguments))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("per_ticket", [False, True])
-def test_the_batch_norm_operators_pass_opcheck(per_ticket):
+def test_the_batch_norm_operators_pass_opcheck(per_ticket, backend):
+    if backend == "cpu" and cpu.unavailable is not None:
+        pytest.skip(f"the cpu backend is not there: {cpu.unavailable}")
     x, offsets = torch.randn(6, 3, 2, 2), rk.Route.build([0, 2, 2, 0, 0, 2], 3).offsets
     weight = torch.randn((3, 3) if per_ticket else 3)
-    forward = torch.ops.rtl_kernels.subset_batch_norm_reference.default
+    forward = getattr(torch.ops.rtl_kernels, f"subset_batch_norm_{backend}").default
     torch.library.opcheck(forward, (x, weight, weight + 1, offsets, 1e-5))
     torch.library.opcheck(forward, (x, None, None, offsets, 1e-5))
     _, mean, _, inverse_std = forward(x, weight, weight, offsets, 1e-5)
-    backward = torch.ops.rtl_kernels.subset_batch_norm_grad_reference.default
+    backward = getattr(torch.ops.rtl_kernels, f"subset_batch_norm_grad_{backend}").default
     torch.library.opcheck(backward, (x, x, weight, offsets, mean, inverse_std, 1e-5))
 
 

@@ -27,7 +27,8 @@ trained network shares more for that reason alone, and the next round takes it b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -35,11 +36,14 @@ import torch
 from torch import Tensor
 
 from rtl.curve import Curve
+from rtl.errors import InputError
 
 WINDOW = 8
 WARM_UP = 6
 LIMIT = 3.0
 FLOOR = 0.02  # log-odds per halving
+LOST = 0.2  # of what a ticket had learnt: its performance has fallen
+PREMATURE = 4.0  # times the density at the fall
 
 
 class CollapseWarning(UserWarning):
@@ -106,48 +110,60 @@ class Verdict:
     Attributes:
         ticket: its name.
         alarm: the sparsity at which it was given, or None.
-        fall: the first evaluated sparsity at which performance was `drop` below the best at less, or None.
-        kind: "early" (at or before the fall), "late" (after it), "miss" (a fall alone), "false" (an alarm alone) or
-            "quiet" (neither).
-        lead: fall − alarm in sparsity, where there are both.
+        fall: the evaluated sparsity at which performance had fallen (`fall`), or None.
+        kind: "early" (at or before the fall), "premature" (so long before it that the ticket was PREMATURE times as
+            dense or more), "late" (after it), "miss" (a fall alone), "false" (an alarm alone) or "quiet" (neither).
+        lead: how often density halved between alarm and fall, where there are both; negative if the alarm was late.
     """
 
     ticket: str
     alarm: float | None
     fall: float | None
-    kind: Literal["early", "late", "miss", "false", "quiet"]
+    kind: Literal["early", "premature", "late", "miss", "false", "quiet"]
     lead: float | None
 
 
 def verdicts(
-    found: Sequence[Alarm], performance: Mapping[str, Mapping[float, float]], drop: float = 0.05
+    alarm_at: Mapping[str, float], performance: Mapping[str, Mapping[float, float]], floor: Mapping[str, float]
 ) -> list[Verdict]:
     """Each ticket's alarm against the fall of its performance.
 
     Args:
-        found: at most one alarm a ticket.
+        alarm_at: the sparsity of the alarm, for tickets that had one.
         performance: by ticket, by sparsity: higher is better.
-        drop: how far below the best at lower sparsity performance has to be to have fallen, in its own unit.
+        floor: by ticket, the performance of what has learnt nothing.
     """
     results = []
-    given = {alarm.ticket: alarm.sparsity for alarm in found}
     for ticket, values in performance.items():
-        best, fall = -math.inf, None
-        for sparsity in sorted(values):
-            if fall is None and values[sparsity] <= best - drop:
-                fall = sparsity
-            best = max(best, values[sparsity])
-        alarm = given.get(ticket)
-        kind: Literal["early", "late", "miss", "false", "quiet"]
-        if alarm is None:
-            kind = "quiet" if fall is None else "miss"
-        elif fall is None:
+        at, fell = alarm_at.get(ticket), fall(values, floor[ticket])
+        lead = None if at is None or fell is None else math.log2((1 - at) / (1 - fell))
+        kind: Literal["early", "premature", "late", "miss", "false", "quiet"]
+        if at is None:
+            kind = "quiet" if fell is None else "miss"
+        elif lead is None:
             kind = "false"
         else:
-            kind = "early" if alarm <= fall + 1e-9 else "late"
-        lead = None if alarm is None or fall is None else fall - alarm
-        results.append(Verdict(ticket, alarm, fall, kind, lead))
+            kind = "late" if lead < -1e-9 else "early" if 2**lead < PREMATURE - 1e-9 else "premature"
+        results.append(Verdict(ticket, at, fell, kind, lead))
     return results
+
+
+def fall(values: Mapping[float, float], floor: float) -> float | None:
+    """The first evaluated sparsity from which on a ticket has lost more than LOST of what it had learnt, or None.
+
+    What it had learnt is the median of its performance at sparsities up to ½, less `floor`: a drop below the best of
+    many measurements would be found in noise alone. Raises InputError if there is none up to ½.
+    """
+    plateau = [values[s] for s in values if s <= 0.5]
+    if not plateau:
+        raise InputError(f"performance is known at {sorted(values)}, expected some sparsity up to 0.5")
+    learnt = statistics.median(plateau) - floor
+    found = None
+    for sparsity in sorted(values, reverse=True):
+        if values[sparsity] - floor >= (1 - LOST) * learnt:
+            break
+        found = sparsity
+    return found
 
 
 def _first_alarm(

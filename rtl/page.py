@@ -24,15 +24,16 @@ import torch
 
 import rtl_kernels as rk
 from rtl.alignment import Alignment
-from rtl.collapse import WARM_UP, Alarm, verdicts
+from rtl.collapse import LOST, WARM_UP, Alarm, verdicts
 from rtl.curve import Curve, mean_to_others
 from rtl.report import NAMES, PAPER, columns, group_rows, read_results, row_name
 from rtl.run import write_atomically
-from rtl.svg import Mark, Series, figure, line_chart, percent, stacked, table, tree
+from rtl.svg import Mark, Series, figure, halves, line_chart, percent, stacked, table, tree
 
 _ASSETS = Path(__file__).parent / "assets"
 _SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+_BALANCED = "balanced_accuracy.threshold"
 _LIKE = {"rtl": 0, "imp_single": 1, "imp_multiple": 2, "dense": 9}
 
 
@@ -212,6 +213,7 @@ def _curves(run: RunView) -> str:
         charts.append(line_chart(heading, series, "sparsity"))
     curve = run.curve
     if curve is not None and len(curve.names) > 1:
+        charts.append(_by_ticket(run))
         scores, sparsity = mean_to_others(curve.jaccard()), curve.sparsity.mean(1).tolist()
         series = [
             Series(name, list(zip(curve.sparsity[:, k].tolist(), scores[:, k].tolist(), strict=True)), k)
@@ -255,13 +257,15 @@ def _alarm_table(run: RunView) -> str:
         )
     if not run.alarms:
         return "<p>No collapse alarm: similarity neither turned upwards nor fell faster than before.</p>"
-    performance = _performance(run)
-    found = {v.ticket: v for v in verdicts(run.alarms, performance)} if performance else {}
+    performance, unit, floor = _performance(run)
+    judged = bool(floor) and any(sparsity <= 0.5 for values in performance.values() for sparsity in values)
+    at = {alarm.ticket: alarm.sparsity for alarm in run.alarms}
+    found = {v.ticket: v for v in verdicts(at, performance, floor)} if judged else {}
     body = []
     for alarm in run.alarms:
         verdict = found.get(alarm.ticket)
         fall = ("–", None) if verdict is None or verdict.fall is None else (percent(verdict.fall), verdict.fall)
-        lead = ("–", None) if verdict is None or verdict.lead is None else (f"{100 * verdict.lead:+.1f}", verdict.lead)
+        lead = ("–", None) if verdict is None or verdict.lead is None else (f"{verdict.lead:+.1f}", verdict.lead)
         body.append(
             [
                 alarm.ticket,
@@ -272,24 +276,52 @@ def _alarm_table(run: RunView) -> str:
                 lead,
             ]
         )
-    head = ["ticket", "similarity", "alarm at", "last good masks", "performance fell at", "lead (points)"]
-    caption = "collapse alarms of the first seed, beside a fall of balanced accuracy by 0.05 among evaluated sparsities"
+    head = ["ticket", "similarity", "alarm at", "last good masks", "performance fell at", "lead, halvings of density"]
+    caption = "collapse alarms of the first seed"
+    if judged:
+        caption += (
+            f"; a ticket has fallen where, from there on, it has lost {LOST:.0%} of the {unit} above chance that it "
+            "has up to 50% sparsity"
+        )
     return table(head, body, sortable=True, caption=caption)
 
 
-def _performance(run: RunView) -> dict[str, dict[float, float]]:
-    """By ticket, by sparsity: thresholded balanced accuracy of the first seed's tickets."""
-    rows = [r for r in run.details.get("per_class", []) if r["method"] == "rtl"]
-    if not rows or run.curve is None:
-        return {}
-    which = ("protocol", "variant", "seed")
-    first = [rows[0].get(key) for key in which]  # older runs' details have the seed alone
+def _performance(run: RunView) -> tuple[dict[str, dict[float, float]], str, dict[str, float]]:
+    """Of the first seed's tickets, by ticket, by sparsity; what it is; and what chance has, where that is known.
+
+    Thresholded balanced accuracy of each class, or PSNR of each region of the first image.
+    """
     found: dict[str, dict[float, float]] = {}
+    pictures = [r for r in run.details.get("per_image", []) if r["method"] == "rtl"]
+    which = ("image", "seed") if pictures else ("protocol", "variant", "seed")
+    key, name = ("psnr_by_region", "PSNR (dB)") if pictures else (_BALANCED, "balanced accuracy")
+    rows = [r for r in pictures or run.details.get("per_class", []) if r["method"] == "rtl" and key in r]
+    if run.curve is None:
+        return {}, "", {}
+    first = [rows[0].get(what) for what in which] if rows else []  # older runs' details have the seed alone
     for row in rows:
-        if [row.get(key) for key in which] == first and "balanced_accuracy.threshold" in row:
-            for name, value in zip(run.curve.names, row["balanced_accuracy.threshold"], strict=True):
-                found.setdefault(name, {})[row["sparsity"]] = value
-    return found
+        if [row.get(what) for what in which] == first:
+            for ticket, value in zip(run.curve.names, row[key], strict=True):
+                found.setdefault(ticket, {})[row["sparsity"]] = value
+    return found, name, {} if pictures else dict.fromkeys(found, 0.5)
+
+
+def _by_ticket(run: RunView) -> str:
+    """Each ticket's performance, crossed where its alarm was given."""
+    performance, name, _ = _performance(run)
+    tickets = list(performance)
+    series = [Series(ticket, sorted(values.items()), k) for k, (ticket, values) in enumerate(performance.items())]
+    every = [s for values in performance.values() for s in values]
+    marks = []
+    for alarm in run.alarms:
+        values = sorted(performance.get(alarm.ticket, {}).items())
+        if values and values[0][0] <= alarm.sparsity <= values[-1][0]:
+            xs, ys = zip(*values, strict=True)
+            at = [alarm.sparsity, *xs]
+            at = [-math.log2(1 - s) for s in at] if every and halves(every) else at  # on the line that is drawn
+            y = float(np.interp(at[0], at[1:], ys))
+            marks.append(Mark(alarm.sparsity, y, str(alarm), tickets.index(alarm.ticket)))
+    return line_chart(f"{name} of each ticket, first seed", series, "sparsity", marks)
 
 
 # Similarity
@@ -430,8 +462,9 @@ def _meaning(run: RunView) -> str:
         caption = "by stage of training: had the tickets been pruned after each epoch of the round"
         stages_table = table(["sparsity", "epoch", *head[1:]], lines, sortable=True, caption=caption)
     ways = f"{found.permutations:,} permutations of the tickets' names, two-sided, not corrected for many layers"
+    tables = table(head, body, caption=f"p-values of {ways}") + stages_table
     return (
-        f'<div class="charts">{chart}<div>{table(head, body, caption=f"p-values of {ways}")}{stages_table}</div></div>'
+        f'<div class="charts">{chart}<div class="tall">{tables}</div></div>'
         "<details><summary>similarity in meaning</summary>"
         f"{table(['ticket', *found.names], meaning)}</details>"
     )
@@ -470,15 +503,17 @@ def _routing(run: RunView) -> str:
 
 
 def _classes(run: RunView) -> str:
-    performance = _performance(run)
+    performance, name, _ = _performance(run)
     if not performance:
         return ""
     levels = sorted(next(iter(performance.values())))
     body = [
-        [name, *((f"{values[s]:.3f}", values[s]) if s in values else ("–", None) for s in levels)]
-        for name, values in performance.items()
+        [ticket, *((f"{values[s]:.3f}", values[s]) if s in values else ("–", None) for s in levels)]
+        for ticket, values in performance.items()
     ]
-    caption = "balanced accuracy of each ticket, score ≥ ½, first seed, by sparsity"
+    if name == "balanced accuracy":
+        name += ", score ≥ ½"
+    caption = f"{name} of each ticket, first seed, by sparsity"
     return table(["ticket", *map(percent, levels)], body, sortable=True, caption=caption)
 
 

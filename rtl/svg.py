@@ -44,6 +44,11 @@ class Mark:
     colour: int = 0
 
 
+def halves(sparsities: Sequence[float]) -> bool:
+    """Whether a chart against these shows equal factors of density as equal steps."""
+    return 0.9 < max(sparsities) < 1
+
+
 def line_chart(
     title: str,
     series: Sequence[Series],
@@ -65,7 +70,7 @@ def line_chart(
     high = max(ys) if y_to is None else y_to
     y_ticks = _ticks(low, high)
     low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
-    halving = x_format is percent and 0.9 < max(xs) < 1
+    halving = x_format is percent and halves(xs)
     x_ticks = list(_SPARSITIES) if halving else _ticks(min(xs), max(xs))
     left, right = min(xs), max(xs)
 
@@ -95,8 +100,9 @@ def line_chart(
         for piece in _pieces(one.points):
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in piece))
             parts.append(f'<polyline class="{one.kind} c{one.colour % 10}" points="{path}"/>')
-            if one.kind == "line":
-                parts += [_marker(*at(*p), one.colour, f"{one.name}: {x_format(p[0])}, {p[1]:.4g}") for p in piece]
+            if one.kind == "line":  # of many points, some: markers tell lines apart, and should not hide them
+                marked = piece[one.colour % 3 :: len(piece) // 8] if len(piece) > 16 else piece
+                parts += [_marker(*at(*p), one.colour, f"{one.name}: {x_format(p[0])}, {p[1]:.4g}") for p in marked]
     for mark in marks:
         x, y = at(mark.x, mark.y)
         parts.append(

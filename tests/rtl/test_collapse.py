@@ -14,9 +14,10 @@ from toys import blobs, flat_masks, mlp, quiet
 
 import rtl.run
 import rtl_kernels as rk
-from rtl.collapse import Alarm, CollapseWarning, Verdict, alarms, verdicts
+from rtl.collapse import Alarm, CollapseWarning, Verdict, alarms, fall, verdicts
 from rtl.curve import Curve, mean_to_others
 from rtl.diagnose import diagnose
+from rtl.errors import InputError
 from rtl.extract import PrunePlan, extract
 from rtl.fit import Fit
 from rtl.partition import by_label
@@ -242,16 +243,30 @@ def test_an_alarm_says_what_it_saw_and_goes_through_json():
     assert Alarm(**json.loads(json.dumps(alarm.to_json()))) == alarm
 
 
+DEAD = {0.1: 0.90, 0.3: 0.88, 0.5: 0.92, 0.75: 0.80, 0.9: 0.89, 0.95: 0.80, 0.98: 0.81}  # learnt .4, fallen below .82
+FINE = {0.1: 0.90, 0.3: 0.88, 0.5: 0.92, 0.75: 0.80, 0.98: 0.83}
+
+
+def test_a_fall_is_what_performance_does_not_come_back_from():
+    assert fall(DEAD, 0.5) == 0.95
+    assert fall(FINE, 0.5) is None
+    assert fall(DEAD, 0.1) is None  # of .8 learnt, .2 lost leaves .74
+    assert fall({0.5: 0.9, 0.9: 0.5}, 0.5) == 0.9
+    with pytest.raises(InputError, match=r"performance is known at \[0.75\], expected some sparsity up to 0.5"):
+        fall({0.75: 0.9}, 0.5)
+
+
 def test_alarms_are_held_against_performance():
-    found = [Alarm(t, None, "spike", 1, at, 0, 0.1) for t, at in (("early", 0.8), ("late", 0.95), ("false", 0.8))]
-    dead = {0.5: 0.8, 0.7: 0.82, 0.9: 0.70, 0.95: 0.9}
-    fine = {0.5: 0.8, 0.7: 0.82, 0.9: 0.78}
-    results = verdicts(found, {"early": dead, "late": dead, "false": fine, "miss": dead, "quiet": fine}, drop=0.05)
-    assert results[0] == Verdict("early", 0.8, 0.9, "early", pytest.approx(0.1))
-    assert results[1] == Verdict("late", 0.95, 0.9, "late", pytest.approx(-0.05))
-    assert results[2:] == [
+    at = {"early": 0.9, "same": 0.95, "premature": 0.8, "late": 0.98, "false": 0.8}
+    dead = dict.fromkeys(("early", "same", "premature", "late", "miss"), DEAD)
+    results = verdicts(at, dead | {"false": FINE, "quiet": FINE}, dict.fromkeys([*dead, "false", "quiet"], 0.5))
+    assert results == [
+        Verdict("early", 0.9, 0.95, "early", pytest.approx(1)),
+        Verdict("same", 0.95, 0.95, "early", pytest.approx(0)),
+        Verdict("premature", 0.8, 0.95, "premature", pytest.approx(2)),
+        Verdict("late", 0.98, 0.95, "late", pytest.approx(math.log2(0.4))),
+        Verdict("miss", None, 0.95, "miss", None),
         Verdict("false", 0.8, None, "false", None),
-        Verdict("miss", None, 0.9, "miss", None),
         Verdict("quiet", None, None, "quiet", None),
     ]
 

@@ -108,7 +108,7 @@ def semantic_alignment(curve: Curve, found: Alignment) -> Figure:
     """The paper's Fig. 3 from one run's masks: meaning, the masks of the first and last layer, and both over depth.
 
     Matrices are those of the sparsest stage, which the last two panels' darkest line is too. There, similarity is a
-    mean over tickets; a filled marker is a correlation with p < 0.05.
+    mean over tickets. Of ρ, a filled marker has p < 0.05, and the legend says ρ and p over all layers together.
     """
     stages = np.unique(np.linspace(0, len(found.sparsity) - 1, min(4, len(found.sparsity))).round().astype(int))
     figure, axes = _figure(5, width=3.1, height=3.4)
@@ -133,17 +133,19 @@ def semantic_alignment(curve: Curve, found: Alignment) -> Figure:
             float(mean_to_others(curve.jaccard(layer)[_round(curve, found, stage)]).mean()) for layer in found.layers
         ]
         axes[3].plot(depth, sharing, color=colour, marker=".", linewidth=1, label=label)
+        overall = f"{label}: {float(found.rho[stage, 0]):+.2f}, p = {float(found.p_value[stage, 0]):.2g}"
         rho, significant = found.rho[stage, 1:].numpy(), found.p_value[stage, 1:].numpy() < 0.05
-        axes[4].plot(depth, rho, color=colour, linewidth=1, label=label)
+        axes[4].plot(depth, rho, color=colour, linewidth=1, label=overall)
         axes[4].plot(depth, rho, color=colour, marker="o", markersize=4, linestyle="none", fillstyle="none")
         axes[4].plot(depth[significant], rho[significant], color=colour, marker="o", markersize=4, linestyle="none")
     axes[4].axhline(0, color="#555555", linewidth=0.8)
     axes[3].set_title("mask similarity over depth", fontsize=9)
-    axes[4].set_title("Spearman's ρ with meaning", fontsize=9)
+    axes[4].set_title("Spearman's ρ with meaning; filled: p < 0.05", fontsize=9)
     for axis in axes[3:]:
         axis.set_xlabel("prunable layer, from the first")
         axis.grid(alpha=0.25)
-    axes[3].legend(title="sparsity", fontsize=7, title_fontsize=7)
+    for axis, title in ((axes[3], "sparsity"), (axes[4], "over all layers")):
+        axis.legend(title=title, fontsize=7, title_fontsize=7)
     return figure
 
 

@@ -203,10 +203,13 @@ def stacked(counts: Sequence[int], colours: Callable[[int], str], text: str) -> 
 
 
 def _numbers(series: Sequence[Series], x_label: str, x_format: Callable[[float], str]) -> str:
-    xs = sorted({x for one in series for x, _ in one.points})
-    values = [dict(one.points) for one in series]
+    values = [
+        {round(x, 9): y for x, y in one.points} for one in series
+    ]  # a mean of equal sparsities is off by rounding
+    xs = sorted({x for own in values for x in own})
     rows = [[x_format(x), *(f"{v[x]:.4g}" if x in v and math.isfinite(v[x]) else "–" for v in values)] for x in xs]
-    return f"<details><summary>numbers</summary>{table([x_label, *(one.name for one in series)], rows)}</details>"
+    numbers = table([x_label, *(one.name for one in series)], rows)
+    return f'<details class="numbers"><summary>numbers</summary>{numbers}</details>'
 
 
 def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:

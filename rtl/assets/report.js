@@ -106,6 +106,7 @@ function matrices(section) {
 
 document.querySelectorAll("table.sortable").forEach(sortable);
 document.querySelectorAll(".similarity").forEach(matrices);
-// On paper, what can be opened is open.
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+// On paper, what can be opened is open, but for the numbers of what is drawn.
+const opened = "details:not(.numbers)";
+addEventListener("beforeprint", () => document.querySelectorAll(opened).forEach((d) => { d.open = true; }));
 document.documentElement.dataset.ready = "yes";

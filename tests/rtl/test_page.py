@@ -206,6 +206,24 @@ def test_a_chart_breaks_at_what_is_not_known_and_lists_its_numbers():
     assert svg.line_chart("t", [svg.Series("a", [(0.1, float("nan"))])], "x") == ""
 
 
+def test_equal_sparsities_are_one_row_though_their_mean_is_off_by_a_bit():
+    third = (0.1 + 0.2) / 3
+    drawn = svg.line_chart("t", [svg.Series("a", [(0.1, 1), (0.9, 3)]), svg.Series("b", [(third, 2), (0.9, 4)])], "x")
+    assert third != 0.1
+    assert drawn.count("<tr>") == 3  # a heading, two rows
+
+
+def test_of_many_points_some_are_marked_and_the_alarm_lies_on_its_tickets_line(html):
+    many = [svg.Series("a", [(n / 100, n) for n in range(80)])]
+    assert 8 <= svg.line_chart("t", many, "x").count("<circle") - 1 <= 10  # the legend has one
+    chart = html[html.index("balanced accuracy of each ticket") :]
+    chart = chart[: chart.index("</svg>")]
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'c3" points="([^"]*)"', chart)[1].split()]
+    x, y = (float(v) + 5 for v in re.search(r'class="alarm c3" d="M([\d.]+) ([\d.]+)l', chart).groups())
+    (x0, y0), (x1, y1) = points[-2:]
+    assert y == pytest.approx(y0 + (y1 - y0) * (x - x0) / (x1 - x0), abs=0.2)
+
+
 def test_beyond_nine_tenths_equal_steps_are_equal_factors_of_density():
     points = [(0.5, 0.0), (0.75, 1.0), (0.875, 0.0), (0.9375, 1.0)]
     drawn = svg.line_chart("t", [svg.Series("a", points)], "sparsity")
@@ -249,7 +267,8 @@ said.upSort = sort(); said.up = column(accuracy);
 said.downSort = sort(); said.down = column(accuracy);
 heads[0].firstChild.click(); said.names = column(0);
 heads[0].firstChild.focus(); said.focus = document.activeElement.textContent;
-dispatchEvent(new Event("beforeprint")); said.open = [...document.querySelectorAll("details")].every((d) => d.open);
+dispatchEvent(new Event("beforeprint"));
+said.open = [...document.querySelectorAll("details")].every((d) => d.open !== d.matches(".numbers"));
 said.wide = document.documentElement.scrollWidth > innerWidth;
 const out = document.createElement("pre");
 out.id = "said"; out.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(said))));

@@ -129,7 +129,7 @@ def test_alignment_shows_meaning_the_first_and_last_layers_masks_and_both_over_d
     assert overall[-1].endswith(f": {float(found.rho[-1, 0]):+.2f}, p = {float(found.p_value[-1, 0]):.2g}")
     assert float(figure.axes[0].get_images()[0].get_array()[0, 2]) == 0.5
     assert float(figure.axes[2].get_images()[0].get_array()[0, 1]) == pytest.approx(5 / 45)
-    sharing, rho = lines(figure.axes[3])["75%"], lines(figure.axes[4])["75%"]
+    sharing, rho = lines(figure.axes[3])["75%"], lines(figure.axes[4])[overall[-1]]
     assert list(sharing.get_xdata()) == [1, 2, 3]
     assert sharing.get_ydata()[0] == pytest.approx(20 / 30)
     assert sharing.get_ydata()[2] == pytest.approx((5 * 20 / 30 + 5 / 45) / 6)

@@ -1,3 +1,4 @@
+#include <array>
 #include <memory>
 
 #include "operators.h"
@@ -514,13 +515,26 @@ class Runner {
       for (int64_t s = 0; s < unit.count; ++s)
         from_[s] = job_.input(unit.start + s) + g0 * plan_.channels * job_.in_;
       const T* x = packer.pack(strip, from_.data(), unit.count);
+      const int64_t line = plan_.plane_width() * strip.unit(), rows = groups * plan_.rows;
+      // In lanes the phases' places lie one phase after the other, and are put in order when they are unpacked.
+      int64_t top = 0, area = 0;
+      T* y = nullptr;
+      if (strip.lanes) {
+        const int64_t first = strip.first * plan_.phases[0].step[0] + plan_.phases[0].shift[0];
+        const int64_t bottom = std::min(plan_.out[0], first + strip.height * plan_.phases[0].step[0]);
+        top = std::max<int64_t>(0, first);
+        area = std::max<int64_t>(0, bottom - top) * plan_.out[1];
+        if (area == 0) return;
+        order_places(strip, top, area, rows);
+        y = y_.template take<T>(rows * area * strip.unit());
+      }
+      int64_t done = 0;  // places of earlier phases
       for (size_t p = 0; p < plan_.phases.size(); ++p) {
         const Phase& phase = plan_.phases[p];
         const int64_t begin = std::max(strip.first, phase.begin[0]);
         const int64_t end = std::min(strip.first + strip.height, phase.end[0]);
         const int64_t height = end - begin, width = phase.end[1] - phase.begin[1];
         if (height <= 0 || width <= 0) continue;
-        const int64_t line = plan_.plane_width() * strip.unit();
         Multiply<T> m{};
         m.rows = plan_.rows;
         m.w_row = plan_.row_stride();
@@ -536,58 +550,61 @@ class Runner {
           m.x_segment = line;
           m.y_segment = m.columns;
           if (m.columns == line) m.columns *= height, m.segments = 1;
-          m.y_row = height * width * strip.unit();
+          m.y_row = area * strip.unit();
           if (plan_.linear()) m.columns = job_.granules(unit.count);
         } else {
           m.columns = (unit.count - 1) * strip.sample_plane(plan_) + (height - 1) * plan_.plane_width() + width;
           m.columns = job_.granules(m.columns);
           m.segments = 1;
           m.y_row = m.columns;
+          y = y_.template take<T>(rows * m.y_row);
         }
-        T* y = y_.template take<T>(groups * plan_.rows * m.y_row);
         for (int64_t g = 0; g < groups; ++g) {
           m.kept = segment.structure->at(plan_, g0 + g, p);
           m.x = x + g * plan_.channels * strip.channel(plan_) + (begin - strip.first) * line +
                 phase.begin[1] * strip.unit();
           m.w = job_.weight(segment, g0 + g);
           job_.after(segment, g0 + g).to(m);
-          m.y = y + g * plan_.rows * m.y_row;
+          m.y = y + g * plan_.rows * m.y_row + done * strip.unit();
           k_.multiply(m);
         }
         if (strip.lanes)
-          unpack_lanes(unit, phase, begin, height, width, y, g0 * plan_.rows, groups * plan_.rows);
+          done += height * width;
         else
-          unpack_pixels(unit, phase, begin, height, width, y, m.y_row, g0 * plan_.rows, groups * plan_.rows);
+          unpack_pixels(unit, phase, begin, height, width, y, m.y_row, g0 * plan_.rows, rows);
       }
+      if (strip.lanes) unpack_lanes(unit, top, area, y, g0 * plan_.rows, rows);
     }
 
-    void unpack_lanes(const Unit& unit, const Phase& phase, int64_t begin, int64_t height, int64_t width, T* y,
-                      int64_t row, int64_t rows) {
-      const int64_t samples = unit.strip.samples, area = height * width;
-      const bool dense = phase.step[0] == 1 && phase.step[1] == 1 && width == plan_.out[1];
-      const bool whole = dense && area == job_.out_;
-      const int64_t run = whole ? rows * area : area;
-      for (int64_t e = int64_t(place_.size()); e < run; ++e) place_.push_back(0);
-      if (place_unit_ != samples || place_run_ < run) {
-        for (int64_t e = 0; e < run; ++e) place_[e] = e * samples;
-        place_unit_ = samples;
-        place_run_ = run;
+    // Where, in lanes, the pixels of `area` from row `top` on lie; where those are whole planes, of `rows` of them.
+    void order_places(const Strip& strip, int64_t top, int64_t area, int64_t rows) {
+      const std::array<int64_t, 4> key = {strip.first, strip.samples, area, area == job_.out_ ? rows : 1};
+      if (key == place_key_) return;
+      place_key_ = key;
+      place_.resize(area * key[3]);
+      int64_t done = 0;
+      for (const Phase& phase : plan_.phases) {
+        const int64_t begin = std::max(strip.first, phase.begin[0]);
+        const int64_t end = std::min(strip.first + strip.height, phase.end[0]);
+        for (int64_t h = begin; h < end; ++h)
+          for (int64_t w = phase.begin[1]; w < phase.end[1]; ++w)
+            place_[(h * phase.step[0] + phase.shift[0] - top) * plan_.out[1] + w * phase.step[1] + phase.shift[1]] =
+                done++ * strip.samples;
       }
-      const bool stream = job_.stream_ && whole && rows * area % k_.lanes == 0;
+      for (int64_t e = area; e < int64_t(place_.size()); ++e) place_[e] = place_[e - area] + area * strip.samples;
+    }
+
+    void unpack_lanes(const Unit& unit, int64_t top, int64_t area, const T* y, int64_t row, int64_t rows) {
+      const bool whole = area == job_.out_;
+      const int64_t run = int64_t(place_.size());
+      const bool stream = job_.stream_ && whole && run % k_.lanes == 0;
       T* to[64];
-      T* spare = dense ? nullptr : spare_.template take<T>(k_.lanes * area);
       for (int64_t lane = 0; lane < unit.count; lane += k_.lanes) {
         const int64_t here = std::min<int64_t>(k_.lanes, unit.count - lane);
         for (int64_t r = 0; r < (whole ? 1 : rows); ++r) {
-          for (int64_t s = 0; s < here; ++s) {
-            T* plane = job_.output(unit.start + lane + s) + (row + r) * job_.out_;
-            to[s] = dense ? plane + (begin + phase.shift[0]) * plan_.out[1] : spare + s * area;
-          }
-          k_.from_lanes({to, here, run, y + r * area * samples + lane, place_.data(), stream});
-          if (dense) continue;
           for (int64_t s = 0; s < here; ++s)
-            spread(spare + s * area, width, phase, begin, height, width,
-                   job_.output(unit.start + lane + s) + (row + r) * job_.out_);
+            to[s] = job_.output(unit.start + lane + s) + (row + r) * job_.out_ + top * plan_.out[1];
+          k_.from_lanes({to, here, run, const_cast<T*>(y) + r * area * unit.strip.samples + lane, place_.data(), stream});
         }
       }
     }
@@ -618,13 +635,13 @@ class Runner {
     const Kernels<T>& k_;
     int64_t together_;
     std::unique_ptr<Packer<T>> packer_, single_;
-    Scratch y_, spare_;
+    Scratch y_;
     bool ready_ = false;
     Strip strip_;
     std::vector<std::vector<Offset>> tables_;
     std::vector<const T*> from_;
     std::vector<int64_t> place_;
-    int64_t place_unit_ = 0, place_run_ = 0;
+    std::array<int64_t, 4> place_key_ = {-1, -1, -1, -1};
     int64_t last_ = -1;
     std::vector<int64_t> taps_, at_;
     std::vector<T> values_;

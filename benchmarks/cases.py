@@ -93,13 +93,17 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Network:
-    """A converted GhostNet (rtl.models) on images of size × size pixels, one batch that mixes all tickets."""
+    """A converted model of rtl.models, one batch that mixes all tickets.
+
+    `model` is "ghostnet", on images of size × size pixels, or "inr", on pixels of one image, a row each.
+    """
 
     name: str
-    batch_norm: str
+    batch_norm: str = "shared"
     batch: int = 320
     tickets: int = 10
     size: int = 32
+    model: str = "ghostnet"
 
 
 NETWORK_SPARSITIES = (0.5, 0.75)
@@ -108,5 +112,7 @@ NETWORKS = {
     for network in (
         Network("GhostNet, B320, K10, batch norm shared", "shared"),
         Network("GhostNet, B320, K10, batch norm per ticket", "per_ticket"),
+        Network("INR, B1024, K10", batch=1024, model="inr"),
+        Network("INR, B16384, K10", batch=16_384, model="inr"),
     )
 }

@@ -1,7 +1,7 @@
-"""Whole networks: a GhostNet with ten tickets, one batch that mixes them all.
+"""Whole networks with ten tickets, one batch that mixes them all.
 
 As in contenders.py each contender prepares what does not change and returns the call, or raises `SkippedError`. A
-training call is a whole step: forward pass, cross-entropy, backward pass, Adam; ours through
+training call is a whole step: forward pass, cross-entropy or squared error, backward pass, Adam; ours through
 `rtl_kernels.optim.masked_step`. The others' plain Adam is safe here without it: every ticket is in the batch, weight
 decay is zero, and a weight outside all masks has gradient 0 from the first step on.
 """
@@ -20,21 +20,26 @@ from torch.func import functional_call
 import rtl_kernels as rk
 from benchmarks.cases import Network
 from benchmarks.timing import Run, SkippedError
-from rtl.models import ghostnet
+from rtl.models import ghostnet, inr
 
 LEARNING_RATE = 1e-4
 
 
 class Problem:
-    """A network with random masks, images (B, 3, size, size), their labels and tickets."""
+    """A network with random masks; images (B, 3, size, size) and labels, or places (B, 2) and colours; tickets."""
 
     def __init__(self, network: Network, sparsity: float, training: bool, seed: int = 0) -> None:
         self.network, self.training = network, training
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.dense = ghostnet(num_classes=10)
-            self.x = torch.randn(network.batch, 3, network.size, network.size)
-            self.labels = torch.randint(10, (network.batch,))
+            self.dense: nn.Module
+            if network.model == "inr":
+                self.dense, self.outputs = inr(), 3
+                self.x, self.targets = torch.rand(network.batch, 2) * 2 - 1, torch.rand(network.batch, 3)
+            else:
+                self.dense, self.outputs = ghostnet(num_classes=10), 10
+                self.x = torch.randn(network.batch, 3, network.size, network.size)
+                self.targets = torch.randint(10, (network.batch,))
             self.index = torch.randint(network.tickets, (network.batch,))
             model = copy.deepcopy(self.dense)
             net = rk.nn.convert(model, network.tickets, scope=model.prunable, batch_norm=network.batch_norm)
@@ -52,6 +57,9 @@ class Problem:
         self.dense.train(training)
         self.net.train(training)
 
+    def loss(self, y: Tensor) -> Tensor:
+        return F.mse_loss(y, self.targets) if y.shape == self.targets.shape else F.cross_entropy(y, self.targets)
+
     def tickets(self, net: rk.nn.RoutedModel) -> list[nn.Module]:
         return [rk.nn.extract(net, k).train(self.training) for k in range(self.network.tickets)]
 
@@ -60,7 +68,7 @@ class Problem:
 class Call:
     """A contender made ready.
 
-    `forward` gives the logits in the samples' order; `parameters` are what a step moves, in the dense model's order;
+    `forward` gives the results in the samples' order; `parameters` are what a step moves, in the dense model's order;
     `optimizer` is None in inference; `computes` is "dense" or "masked".
     """
 
@@ -91,7 +99,8 @@ def ours(p: Problem) -> Call:
 
 def loop(p: Problem) -> Call:
     """for each ticket, its samples through the dense network with `weight * mask` (and the ticket's statistics)"""
-    if p.training and p.network.batch_norm == "shared":
+    norms = any(isinstance(module, nn.BatchNorm2d) for module in p.dense.modules())
+    if p.training and norms and p.network.batch_norm == "shared":
         raise SkippedError("normalises each subset by itself, which is batch norm per ticket")
     model = copy.deepcopy(p.dense)
     masks = {f"{name}.weight": bank.to_dense().float() for name, bank in p.net.banks.items()}
@@ -99,7 +108,7 @@ def loop(p: Problem) -> Call:
     parameters = dict(model.named_parameters())
 
     def forward() -> Tensor:
-        y = p.x.new_empty(p.network.batch, 10)
+        y = p.x.new_empty(p.network.batch, p.outputs)
         for k in range(p.network.tickets):
             where = p.index == k
             masked = {name: parameters[name] * mask[k] for name, mask in masks.items()}
@@ -116,7 +125,7 @@ def loop_cached(p: Problem) -> Call:
     tickets = p.tickets(p.net)
 
     def forward() -> Tensor:
-        y = p.x.new_empty(p.network.batch, 10)
+        y = p.x.new_empty(p.network.batch, p.outputs)
         for k, ticket in enumerate(tickets):
             where = p.index == k
             y[where] = ticket(p.x[where])
@@ -136,7 +145,7 @@ CONTENDERS: dict[str, Callable[[Problem], Call]] = {
 class Expected:
     """What a contender has to give: the dense network, or the converted one on the reference backend, in float64.
 
-    Logits may be off by four times what the same network in float32 is off by (2-norms). A gradient jumps where an
+    Results may be off by four times what the same network in float32 is off by (2-norms). A gradient jumps where an
     activation lies within rounding of a ReLU's kink: dense PyTorch's own is off by 0.1 to 1 % of its norm. 5 % of a
     parameter's are allowed, and 10⁻⁴ of that of all (a shift before a batch norm has gradient 0, and rounding); the
     gradient through a wrong mask is off by most of itself.
@@ -149,12 +158,12 @@ class Expected:
     def check(self, name: str, call: Call) -> None:
         """Run a contender once, without a step. Raises AssertionError if what it gives is wrong."""
         if call.computes not in self._known:
-            logits, gradients = self._pass(call.computes, torch.float64)
-            rounding = _distance(self._pass(call.computes, torch.float32)[0], logits)
-            self._known[call.computes] = rounding, logits, gradients
+            results, gradients = self._pass(call.computes, torch.float64)
+            rounding = _distance(self._pass(call.computes, torch.float32)[0], results)
+            self._known[call.computes] = rounding, results, gradients
         rounding, exact, exact_gradients = self._known[call.computes]
-        logits, gradients = _results(self.problem, call.forward, call.parameters)
-        _check(f"{name}: logits", logits, exact, 4 * rounding)
+        results, gradients = _results(self.problem, call.forward, call.parameters)
+        _check(f"{name}: results", results, exact, 4 * rounding)
         everything = float(torch.stack([g.norm() for g in exact_gradients]).norm()) if exact_gradients else 0.0
         for number, (gradient, e) in enumerate(zip(gradients, exact_gradients, strict=True)):
             _check(f"{name}: gradient {number}", gradient, e, 0.05 * float(e.norm()) + 1e-4 * everything)
@@ -182,10 +191,10 @@ def _check(name: str, actual: Tensor, exact: Tensor, allowed: float) -> None:
 
 
 def _results(p: Problem, forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-    """The logits and, in training, the gradients of all parameters."""
+    """The results and, in training, the gradients of all parameters."""
     with torch.set_grad_enabled(p.training):
         y = forward()
-        gradients = torch.autograd.grad(F.cross_entropy(y, p.labels), parameters) if p.training else ()
+        gradients = torch.autograd.grad(p.loss(y), parameters) if p.training else ()
     return y.detach().clone(), list(gradients)
 
 
@@ -217,7 +226,7 @@ def _step(problem: Problem, call: Call) -> Run:
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(call.forward(), problem.labels).backward()
+        problem.loss(call.forward()).backward()
         optimizer.step()
 
     return step

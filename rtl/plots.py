@@ -12,7 +12,7 @@ from rtl.alignment import Alignment
 from rtl.collapse import Alarm
 from rtl.curve import Curve, mean_to_others
 from rtl.diagnose import Similarity
-from rtl.report import NAMES, Row
+from rtl.report import NAMES, Row, row_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,20 +32,21 @@ def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> 
     figure, axes = _figure(len(metrics))
     rows = list(rows)
     for axis, (key, title) in zip(axes, metrics.items(), strict=True):
-        for method, (colour, marker) in STYLES.items():
+        for method, variant, style in _variants(rows):
             points: dict[float, list[float]] = {}
             for row in rows:
-                if row["method"] == method and key in row["metrics"]:
+                if (row["method"], row["variant"]) == (method, variant) and key in row["metrics"]:
                     points.setdefault(row["sparsity"], []).append(row["metrics"][key])
             if not points:
                 continue
+            name = row_name(method, variant)
             if method == "dense":
-                axis.axhline(float(np.mean(points[0.0])), color=colour, linestyle="--", label=NAMES[method])
+                axis.axhline(float(np.mean(points[0.0])), color=style["color"], linestyle="--", label=name)
                 continue
             x = sorted(points)
-            axis.plot(x, [np.mean(points[s]) for s in x], color=colour, marker=marker, label=NAMES[method])
+            axis.plot(x, [np.mean(points[s]) for s in x], label=name, **style)
             low, high = [min(points[s]) for s in x], [max(points[s]) for s in x]
-            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set_title(title, fontsize=10)
         _sparsity_axis(axis)
     axes[0].legend(fontsize=8)
@@ -157,25 +158,33 @@ def _round(curve: Curve, found: Alignment, stage: int) -> int:
 GIVEN = ("target", "noisy", "clean")  # of an example, beside what methods make of it
 
 
+def _variants(found: Iterable[Row]) -> list[tuple[str, str, dict[str, Any]]]:
+    """The methods and their variants, with how each is drawn: after a method's first, hollow and dashed."""
+    had = dict.fromkeys((one["method"], one["variant"]) for one in found)
+    drawn = []
+    for method, (colour, marker) in STYLES.items():
+        for number, variant in enumerate(variant for own, variant in had if own == method):
+            style = {"color": colour, "marker": marker}
+            further = {"linestyle": (0, (4, 1 + number)), "markerfacecolor": "none"} if number else {}
+            drawn.append((method, variant, style | further))
+    return drawn
+
+
 def psnr_by_image(found: Sequence[Mapping[str, Any]]) -> Figure:
     """One panel a sparsity: every image's PSNR by method, mean over seeds; dense is drawn in all of them."""
     levels = sorted({one["sparsity"] for one in found if one["method"] != "dense"}) or [0.0]
     images = list(dict.fromkeys(one["image"] for one in found))
     figure, axes = _figure(len(levels), width=max(2.6, 0.32 * len(images)), height=4.2)
     for axis, level in zip(axes, levels, strict=True):
-        for method, (colour, marker) in STYLES.items():
+        for method, variant, style in _variants(found):
             points: dict[str, list[float]] = {}
             for one in found:
-                if one["method"] == method and one["sparsity"] == (0.0 if method == "dense" else level):
+                if (one["method"], one["variant"]) == (method, variant) and one["sparsity"] in (level, 0.0):
                     points.setdefault(one["image"], []).append(one["psnr"])
             if points:
                 x, y = [images.index(image) for image in points], [np.mean(values) for values in points.values()]
-                style: dict[str, Any] = {
-                    "marker": "_" if method == "dense" else marker,
-                    "linestyle": "none",
-                    "color": colour,
-                }
-                axis.plot(x, y, label=NAMES[method], **style)
+                style |= {"linestyle": "none"} | ({"marker": "_"} if method == "dense" else {})
+                axis.plot(x, y, label=row_name(method, variant), **style)
         axis.set_xticks(range(len(images)), images, rotation=90, fontsize=7)
         axis.set_title(f"PSNR (dB) at {level:.0%} sparsity", fontsize=10)
         axis.grid(alpha=0.25)
@@ -184,8 +193,12 @@ def psnr_by_image(found: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def psnr_against_similarity(found: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel a sparsity, one point a region: its PSNR against its ticket's mean similarity to the others."""
+    """One panel a sparsity, one point a region: its PSNR against its ticket's mean similarity to the others.
+
+    Of the first variant in `found`: all have the same masks.
+    """
     regions = [one for one in found if "similarity_by_region" in one]
+    regions = [one for one in regions if one["variant"] == regions[0]["variant"]]
     levels = sorted({one["sparsity"] for one in regions}) or [0.0]
     images = list(dict.fromkeys(one["image"] for one in regions))
     figure, axes = _figure(len(levels))

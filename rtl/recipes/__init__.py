@@ -136,9 +136,9 @@ def inr(protocol: str = "reduced") -> Inr:
         methods=("rtl", "imp_single", "dense"),
         sparsities=(0.25, 0.5, 0.75, 0.9),
         remove=13472 if reduced else 4096,
-        round_steps=500 if reduced else 10_000,
-        retrain_steps=1000 if reduced else 10_000,
-        batch_size=2048 if reduced else 16_384,  # the paper does not say how many
+        round_steps=200 if reduced else 10_000,
+        retrain_steps=600 if reduced else 10_000,
+        batch_size=1024 if reduced else 16_384,  # the paper does not say how many
         lr=0.01,
     )
 

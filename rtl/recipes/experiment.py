@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ class Trial:
         round_fit: training in a round of extraction; rtl's, for imp_multiple.
         retrain_fit: training afterwards.
         test, per, batch_size: as in `rtl.evaluate`.
+        variant: what differs from the defaults in retraining, as the results' "variant" says it.
     """
 
     method: Method
@@ -52,6 +53,13 @@ class Trial:
     test: Data | Partition
     per: Partition | None = None
     batch_size: int = 512
+    variant: str = ""
+
+    @property
+    def home(self) -> Run:
+        """The folder of what follows extraction, which variants share."""
+        own = self.run.child(self.method)
+        return own.child(self.variant) if self.variant else own
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +95,7 @@ def run_trials(trials: Sequence[Trial], plan: PrunePlan, run: Run) -> list[Outco
     """Run trials, or resume them, all their tickets and networks handed to the same workers.
 
     Args:
-        trials: in the order of the outcomes. Each has a folder of its own: no two share `run.path` and `method`.
+        trials: in the order of the outcomes. Each has a folder of its own: no two share `home`.
         plan: how sparsity grows; the method dense is not pruned.
         run: whose workers and progress are used.
 
@@ -123,7 +131,7 @@ def _extraction_run(trial: Trial) -> Run:
 
 def _networks(trial: Trial, masks: TicketMasks) -> list[TicketNetwork]:
     """Retrained, or loaded if they are."""
-    run = trial.run.child(trial.method)
+    run = trial.home
     if trial.method == "imp_multiple":
         fit = trial.retrain_fit
         return [baselines.imp_multiple(trial.model, masks, trial.parts, fit, run, name) for name in masks.names]
@@ -148,15 +156,15 @@ def _retrain_and_evaluate(jobs: Sequence[tuple[Trial, TicketMasks]], _: Run, num
             }
         )
 
-    return trial.run.child(trial.method).stage(f"evaluate/{masks.sparsity:g}", compute)
+    return trial.home.stage(f"evaluate/{masks.sparsity:g}", compute)
 
 
-def row(outcome: Outcome, protocol: str, variant: str) -> Row:
+def row(outcome: Outcome, protocol: str) -> Row:
     """A row of table.json."""
     return {
         "method": outcome.trial.method,
         "protocol": protocol,
-        "variant": variant,
+        "variant": outcome.trial.variant,
         "sparsity": outcome.masks.sparsity,
         "seed": outcome.trial.run.seed,
         "params": outcome.found["params"],
@@ -183,12 +191,12 @@ def variant(config: Any, method: Method) -> str:
     return ",".join(f"{name}={value}" for name, value in named if value != defaults[name])
 
 
-def check_choices(config: Any, known: Iterable[Method] = METHODS) -> None:
-    """Raise InputError unless a configuration's seeds, methods and sparsities are one or more different ones."""
-    for name in ("seeds", "methods", "sparsities"):
+def check_choices(config: Any, of: Sequence[str] = ("seeds", "methods", "sparsities")) -> None:
+    """Raise InputError unless a configuration's settings `of` these names are one or more different values."""
+    for name in of:
         values = getattr(config, name)
         if not values or len(set(values)) != len(values):
             raise InputError(f"{name} is {values}, expected one or more different values")
-    unknown = sorted(set(config.methods) - set(known))
+    unknown = sorted(set(config.methods) - set(METHODS))
     if unknown:
-        raise InputError(f"methods holds {unknown[0]!r}, expected some of {', '.join(known)}")
+        raise InputError(f"methods holds {unknown[0]!r}, expected some of {', '.join(METHODS)}")

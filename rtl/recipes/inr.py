@@ -32,12 +32,12 @@ from rtl.recipes.experiment import (
     row,
     run_trials,
     tickets_details,
-    variant,
 )
 from rtl.run import Run, slug, write_atomically
 from rtl.tasks import Pixels, psnr
 
 EPOCH_STEPS = 100  # what progress counts, and the shortest time between checkpoints
+Schedule = Literal["sequential", "mixed", "pooled"]
 SHOWN = (0.5, 0.75, 0.9)  # sparsities of the pictures
 
 
@@ -63,8 +63,9 @@ class Inr:
         batch_size: pixels a step sees. In a round, every region's ticket sees its K-th part of them at a step, so that
             all tickets together are presented with as many pixels as a single network.
         lr: learning rate.
-        schedule: of joint retraining. "pooled": a step sees pixels of the whole image, as a single network's does;
-            "mixed": equally many of every region; "sequential": of one region after another.
+        schedules: of joint retraining, each in rows of its own on the same masks; the first is what is shown. "pooled":
+            a step sees pixels of the whole image, as a single network's does; "mixed": equally many of every region;
+            "sequential": of one region after another.
     """
 
     recipe: str
@@ -82,10 +83,10 @@ class Inr:
     retrain_steps: int
     batch_size: int
     lr: float
-    schedule: Literal["sequential", "mixed", "pooled"] = "pooled"
+    schedules: tuple[Schedule, ...] = ("pooled", "mixed")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_choices(self, ("seeds", "methods", "sparsities", "schedules"))
         if self.mask is not None and self.image is None:
             raise InputError(f"mask is {str(self.mask)!r}, but no image is given: say whose regions these are (image)")
         if self.image is not None and self.images:
@@ -96,13 +97,13 @@ class Inr:
                 raise InputError(f"{name} is {steps}, expected 1 to {EPOCH_STEPS}, or a multiple of {EPOCH_STEPS}")
         if self.regions < 1:
             raise InputError(f"regions is {self.regions}, expected 1 or more")
-        _ = self.plan, self.fits("rtl", 1)  # their checks
+        _ = self.plan, [self.fits("rtl", 1, schedule) for schedule in self.schedules]  # their checks
 
     @property
     def plan(self) -> PrunePlan:
         return PrunePlan(self.remove, max(self.sparsities), self.sparsities)
 
-    def fits(self, method: Method, regions: int) -> tuple[Fit, Fit]:
+    def fits(self, method: Method, regions: int, schedule: Schedule = "pooled") -> tuple[Fit, Fit]:
         """Training in a round, and afterwards, for an image of so many regions.
 
         Raises InputError if a step has too few pixels for them.
@@ -114,16 +115,16 @@ class Inr:
         found: list[Fit] = []
         for steps in (self.round_steps, self.retrain_steps):
             epoch = min(steps, EPOCH_STEPS)
-            schedule = self.schedule if method == "rtl" and found else "sequential"
-            together = not tickets or schedule != "sequential"
-            pooled = schedule == "pooled"
+            turns = schedule if method == "rtl" and found else "sequential"
+            together = not tickets or turns != "sequential"
+            pooled = turns == "pooled"
             found.append(
                 Fit(
                     epochs=steps // epoch,
                     batch_size=share * regions if together else share,
                     lr=self.lr,
                     task=Pixels(epoch * (share * regions if pooled or not tickets else share), by_area=pooled),
-                    schedule=schedule,
+                    schedule=turns,
                     batch_norm="shared",  # there is none
                 )
             )
@@ -194,18 +195,21 @@ def run_inr(config: Inr, run: Run, found: Sequence[Picture]) -> tuple[list[Row],
     for seed in config.seeds:
         for name, own in parts.items():
             here = run.child(f"seed-{seed}", seed).child(slug(name))
-            trials += _trials(config, here, own)
-            images += [name] * len(config.methods)
+            of_image = _trials(config, here, own)
+            trials += of_image
+            images += [name] * len(of_image)
     outcomes = run_trials(trials, config.plan, run)
     image_of = dict(zip(map(id, trials), images, strict=True))
-    groups: dict[tuple[int, Method, float], list[Outcome]] = {}
+    groups: dict[tuple[int, Method, str, float], list[Outcome]] = {}
     for outcome in outcomes:
         trial = outcome.trial
-        groups.setdefault((trial.run.seed, trial.method, outcome.masks.sparsity), []).append(outcome)
+        key = trial.run.seed, trial.method, trial.variant, outcome.masks.sparsity
+        groups.setdefault(key, []).append(outcome)
     rows = [_mean_row(config, group) for group in groups.values()]
     per_image = [_per_image(outcome, image_of[id(outcome.trial)]) for group in groups.values() for outcome in group]
     details: Details = {"images": list(parts), "per_image": per_image}
-    mine = [outcome for outcome in outcomes if outcome.trial.run.seed == config.seeds[0]]
+    main = ("", _variant(config.schedules[0]))
+    mine = [o for o in outcomes if o.trial.run.seed == config.seeds[0] and o.trial.variant in main]
     for one in found:
         _write_examples(run, one, [o for o in mine if image_of[id(o.trial)] == one.name])
     for outcome in mine:
@@ -226,15 +230,22 @@ def _trials(config: Inr, run: Run, parts: Partition) -> list[Trial]:
             torch.manual_seed(run.seed_for("theta0"))
             model = models.inr(0 if tickets else len(parts))
         own = parts if tickets else single
-        round_fit, retrain_fit = config.fits(method, len(parts))
-        trials.append(Trial(method, run, model, own, round_fit, retrain_fit, own, parts, batch_size=8192))
+        for schedule in config.schedules if method == "rtl" else config.schedules[:1]:
+            fits = config.fits(method, len(parts), schedule)
+            variant = _variant(schedule) if method == "rtl" else ""
+            trials.append(Trial(method, run, model, own, *fits, own, parts, batch_size=8192, variant=variant))
     return trials
+
+
+def _variant(schedule: Schedule) -> str:
+    """How rows of joint retraining by a schedule are called; Algorithm 2's own goes without saying."""
+    return "" if schedule == "sequential" else f"schedule={schedule}"
 
 
 def _mean_row(config: Inr, group: Sequence[Outcome]) -> Row:
     """The row of a method at one sparsity: means over images (PSNR: of all pixels pooled, too), sums of costs."""
     count = len(group)
-    mean = row(group[0], config.protocol, variant(config, group[0].trial.method))
+    mean = row(group[0], config.protocol)
     metrics = {"psnr": sum(o.metrics["psnr"] for o in group) / count}
     pixels = [len(o.trial.parts.data) for o in group]
     errors = [n * 10 ** (-o.metrics["psnr"] / 10) for n, o in zip(pixels, group, strict=True)]
@@ -252,6 +263,7 @@ def _per_image(outcome: Outcome, image: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "image": image,
         "method": trial.method,
+        "variant": trial.variant,
         "sparsity": outcome.masks.sparsity,
         "seed": trial.run.seed,
         "params": outcome.found["params"],

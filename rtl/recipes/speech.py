@@ -157,12 +157,13 @@ def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[
                     heard if tickets else test,
                     heard,
                     config.batch_size,
+                    variant(config, method),
                 )
             )
     outcomes = run_trials(trials, config.plan, run)
     rows, per_class = [], []
     for outcome in outcomes:
-        one = row(outcome, config.protocol, variant(config, outcome.trial.method))
+        one = row(outcome, config.protocol)
         scene = dict(zip(heard.names, outcome.found["per_class"]["si_snri"], strict=True))
         one["metrics"] |= {f"si_snri.{name}": value for name, value in scene.items()}
         rows.append(one)

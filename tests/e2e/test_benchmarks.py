@@ -24,6 +24,7 @@ TINY = (
     Case("depthwise", (8, 1, 3, 3), (8, 6, 6), 20, 3, {"padding": 1, "groups": 8}),
 )
 TINY_NETWORK = Network("tiny", "per_ticket", batch=24, tickets=2, size=16)
+TINY_INR = Network("tiny", batch=40, tickets=2, model="inr")
 COMPILED = "compiled loop"
 
 
@@ -90,14 +91,23 @@ def test_network_contender_is_right_or_says_why_not(batch_norm, training):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_wrong_network_is_found(training):
-    problem = networks.Problem(TINY_NETWORK, 0.5, training)
+def test_every_contender_computes_the_network_of_pixels(training):
+    runs, skipped = networks.build(networks.Problem(TINY_INR, 0.5, training))
+    assert set(skipped) == ({"loop, cached"} if training else set())
+    for run in runs.values():
+        run()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("network", [TINY_NETWORK, TINY_INR])
+def test_wrong_network_is_found(network, training):
+    problem = networks.Problem(network, 0.5, training)
     name, bank = next(iter(problem.net.banks.items()))
     expected = networks.Expected(problem)
     right = networks.ours(problem)
     expected.check("right", right)
     problem.net.banks = {**problem.net.banks, name: bank.select([1, 0])}
-    with pytest.raises(AssertionError, match="wrong: logits"):
+    with pytest.raises(AssertionError, match="wrong: results"):
         expected.check("wrong", networks.ours(problem))
 
 

@@ -102,7 +102,7 @@ def test_all_methods_take_as_many_steps_on_as_many_pixels():
             assert single.batch_size == share * regions
             assert single.epochs * single.task.samples == steps * share * regions
             for schedule in ("sequential", "mixed", "pooled"):
-                tickets = dataclasses.replace(config, schedule=schedule).fits("rtl", regions)[phase]
+                tickets = config.fits("rtl", regions, schedule)[phase]
                 pooled = bool(phase) and schedule == "pooled"
                 assert tickets.epochs * tickets.task.samples == steps * share * (regions if pooled else 1)
                 assert tickets.task.by_area is pooled
@@ -155,25 +155,48 @@ def experiment(tmp_path_factory):
     return run, config, data, *run_recipe(config, run, data)
 
 
-def one(experiment, method, sparsity):
-    (found,) = [r for r in experiment[3] if (r["method"], r["sparsity"]) == (method, sparsity)]
+def matching(found, method, sparsity, schedule="pooled"):
+    which = method, f"schedule={schedule}" if method == "rtl" else "", sparsity
+    return [one for one in found if (one["method"], one["variant"], one["sparsity"]) == which]
+
+
+def one(experiment, *which):
+    (found,) = matching(experiment[3], *which)
     return found
 
 
-def per_image(experiment, method, sparsity):
-    return [d for d in experiment[4]["per_image"] if (d["method"], d["sparsity"]) == (method, sparsity)]
+def per_image(experiment, *which):
+    return matching(experiment[4]["per_image"], *which)
 
 
 def test_a_row_is_the_mean_over_images_with_all_pixels_pooled_beside_it(experiment):
     found = [(r["method"], r["sparsity"]) for r in experiment[3]]
-    assert found == [(m, s) for m in SMALL.methods[:3] for s in (0.5, 0.75)] + [("dense", 0.0)]
+    assert found == [(m, s) for m in ("rtl", *SMALL.methods[:3]) for s in (0.5, 0.75)] + [("dense", 0.0)]
     for method, sparsity in found:
         row, images = one(experiment, method, sparsity), per_image(experiment, method, sparsity)
         assert [d["image"] for d in images] == ["china", "flower"]
         assert row["metrics"]["psnr"] == pytest.approx(np.mean([d["psnr"] for d in images]))
         errors = [10 ** (-d["psnr"] / 10) for d in images]  # both images have equally many pixels
         assert row["metrics"]["psnr.pooled"] == pytest.approx(-10 * math.log10(np.mean(errors)))
-        assert row["variant"] == ("schedule=pooled" if method == "rtl" else "")
+
+
+def test_every_schedule_retrains_the_same_masks(experiment):
+    assert [r["variant"] for r in experiment[3] if r["method"] == "rtl"] == ["schedule=pooled"] * 2 + [
+        "schedule=mixed"
+    ] * 2
+    pooled, mixed = (one(experiment, "rtl", 0.5, schedule) for schedule in ("pooled", "mixed"))
+    same = "params", "samples"
+    assert [pooled[key] for key in same] == [mixed[key] for key in same]
+    assert pooled["metrics"]["similarity"] == mixed["metrics"]["similarity"]
+    assert pooled["metrics"]["psnr"] != mixed["metrics"]["psnr"]
+    extractions = {f.parent for f in experiment[0].path.rglob("extract/config.json")}
+    assert len(extractions) == 2 * 3  # images · (tickets, single, dense)
+
+
+def test_a_schedule_stands_for_itself_and_once():
+    for schedules in ((), ("mixed", "mixed")):
+        with pytest.raises(InputError, match=r"schedules is \(.*\), expected one or more different values"):
+            dataclasses.replace(SMALL, schedules=schedules)
 
 
 def test_a_picture_is_made_of_its_regions(experiment):
@@ -291,7 +314,7 @@ def test_the_command_runs_on_an_image_with_a_mask_and_its_report_is_complete(tmp
     assert [name for name, data in kept.items() if run[name] != data] == ["report.html"]
     details = json.loads((tmp_path / "kept/details.json").read_text())
     assert details["images"] == ["flower"]
-    assert [len(d["regions"]) for d in details["per_image"]] == [3] * 5
+    assert [len(d["regions"]) for d in details["per_image"]] == [3] * 7
     assert len(picture("flower.png", "flower_mask.png").data) == sum(details["per_image"][0]["pixels"])
 
 

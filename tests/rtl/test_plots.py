@@ -52,6 +52,17 @@ def test_a_metric_is_its_mean_over_seeds_against_sparsity_with_dense_as_a_level(
     assert len(figure.axes[0].collections) == 2  # the range over seeds
 
 
+def test_a_methods_variants_are_lines_of_their_own():
+    rows = [row("rtl", s, accuracy=s) for s in (0.5, 0.9)] + [row("dense", 0.0, accuracy=0.7)]
+    rows += [row("rtl", s, accuracy=2 * s) | {"variant": "schedule=mixed"} for s in (0.5, 0.9)]
+    drawn = lines(plots.metric_against_sparsity(rows, {"accuracy": "accuracy"}).axes[0])
+    assert drawn.keys() == {"RTL", "RTL (schedule=mixed)", "dense"}
+    assert list(drawn["RTL"].get_ydata()) == [0.5, 0.9]
+    assert list(drawn["RTL (schedule=mixed)"].get_ydata()) == [1, 1.8]
+    assert drawn["RTL"].get_color() == drawn["RTL (schedule=mixed)"].get_color()
+    assert drawn["RTL"].get_linestyle() != drawn["RTL (schedule=mixed)"].get_linestyle()
+
+
 def test_one_seed_at_one_sparsity_is_drawn():
     figure = plots.metric_against_sparsity([row()], {"accuracy": "accuracy"})
     assert list(lines(figure.axes[0])["RTL"].get_ydata()) == [0.9]
@@ -139,7 +150,7 @@ def test_alignment_shows_meaning_the_first_and_last_layers_masks_and_both_over_d
 
 
 def per_image(image, method, sparsity, psnr, similarity=None):
-    one = {"image": image, "method": method, "sparsity": sparsity, "seed": 0, "psnr": psnr}
+    one = {"image": image, "method": method, "variant": "", "sparsity": sparsity, "seed": 0, "psnr": psnr}
     if similarity:
         one |= {
             "similarity_by_region": similarity,
@@ -151,10 +162,12 @@ def per_image(image, method, sparsity, psnr, similarity=None):
 
 def test_every_image_has_its_psnr_by_method_at_each_sparsity():
     found = [per_image(i, m, s, 20 + s) for i in ("a", "b") for m in ("rtl", "imp_single") for s in (0.5, 0.75)]
+    found += [one | {"variant": "schedule=mixed", "psnr": 19} for one in found if one["method"] == "rtl"]
     figure = plots.psnr_by_image([*found, per_image("a", "dense", 0.0, 30)])
     assert [axis.get_title() for axis in figure.axes] == ["PSNR (dB) at 50% sparsity", "PSNR (dB) at 75% sparsity"]
     drawn = lines(figure.axes[1])
     assert list(drawn["RTL"].get_ydata()) == [20.75, 20.75]
+    assert list(drawn["RTL (schedule=mixed)"].get_ydata()) == [19, 19]
     assert list(drawn["dense"].get_ydata()) == [30]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b"]
 
@@ -162,10 +175,12 @@ def test_every_image_has_its_psnr_by_method_at_each_sparsity():
 def test_regions_are_points_of_similarity_and_psnr():
     found = [per_image(i, "rtl", 0.5, 20, similarity=[0.3, 0.6]) for i in ("a", "b")]
     found[0]["spearman"]["rho"] = 0.5
+    found.append(found[0] | {"variant": "schedule=mixed", "psnr_by_region": [0.0, 0.0]})
     figure = plots.psnr_against_similarity([*found, per_image("a", "imp_single", 0.5, 20)])
     (axis,) = figure.axes
     assert axis.get_title() == "50% sparsity, mean ρ 0.50"
     assert [list(line.get_xdata()) for line in axis.get_lines()] == [[0.3, 0.6]] * 2
+    assert [list(line.get_ydata()) for line in axis.get_lines()] == [[10, 20]] * 2
 
 
 def shown(figure):

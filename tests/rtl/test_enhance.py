@@ -1,6 +1,8 @@
 """rtl.enhance: files of any length, rate and number of channels, through windows, whole or not at all."""
 
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,3 +153,32 @@ def test_tickets_of_another_recipe_are_refused(tmp_path):
     TicketNetwork(small, ("a",), (0,), "regression", 0.5).save_pretrained(tmp_path / "tickets/0.5")
     with pytest.raises(InputError, match="whose tickets are not for speech"):
         enhancing.load_network(tmp_path)
+
+
+LONG = """
+import resource, sys
+import numpy as np, soundfile as sf, torch
+from rtl.enhance import enhance
+
+class Same(torch.nn.Module):
+    names = ("outdoor",)
+    def forward(self, x, ticket):
+        return x
+
+def peak(seconds):
+    second = (0.1 * np.random.default_rng(0).standard_normal(48_000)).astype(np.float32)
+    with sf.SoundFile("a.wav", "w", 48_000, 1) as file:
+        for _ in range(seconds):
+            file.write(second)
+    enhance(Same(), "outdoor", "a.wav", "b.wav")
+    assert sf.info("b.wav").frames == seconds * 48_000
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+
+print(peak(25), peak(600))
+"""
+
+
+def test_memory_does_not_grow_with_the_recording(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LONG], cwd=tmp_path, capture_output=True, text=True, check=True)
+    short, long = map(int, done.stdout.split())
+    assert long - short < 20_000  # ten minutes are 115 MB as they are read

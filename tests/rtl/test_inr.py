@@ -267,7 +267,9 @@ def test_run_again_it_gives_the_same_from_what_is_kept(experiment):
 
 
 def test_an_image_of_one_region_has_one_ticket(tmp_path):
-    config = dataclasses.replace(SMALL, regions=1, methods=("rtl", "imp_single"), sparsities=(0.5,), retrain_steps=1)
+    config = dataclasses.replace(
+        SMALL, regions=1, methods=("rtl", "imp_single"), sparsities=(0.5,), schedules=("mixed",)
+    )
     rows, details = run_recipe(config, quiet(tmp_path), load_data(config, None))
     assert [r["params"] for r in rows] == [26_944, 26_944]
     assert "similarity" not in details

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -29,6 +30,26 @@ void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) 
 }
 
 Ints sizes(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+// Not filled. What torch::stable::new_empty gives, without looking an operator up by its name.
+Tensor empty(const Ints& size, ScalarType dtype) {
+  Ints strides(size.size(), 1);
+  for (size_t d = size.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, size[d]);
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(const Tensor& like, const Ints& size) { return empty(size, like.scalar_type()); }
+
+Tensor zeros(const Tensor& like, const Ints& size) {
+  Tensor tensor = empty(like, size);
+  const size_t element = tensor.scalar_type() == ScalarType::Double ? sizeof(double) : sizeof(float);
+  if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * element);
+  return tensor;
+}
 
 // float16 and bfloat16 are computed in float32.
 Tensor widened(const Tensor& tensor) {
@@ -148,7 +169,7 @@ Tensor apply(const Plan& plan, const Groups& groups, const Tensor& x, const Weig
   if (bias) after.shift = widened(*bias);
   Ints rows_size = y_size;
   rows_size[0] *= summed;
-  Tensor y = torch::stable::new_empty(wide, rows_size);
+  Tensor y = empty(wide, rows_size);
   run_forward(plan, groups, wide, weight, after, y);
   if (summed > 1) {
     Ints parts = y_size;
@@ -193,7 +214,7 @@ void apply_into(const Plan& plan, const Groups& groups, const Tensor& x, const W
   if (y.scalar_type() == sums && sample_stride(y) >= 0) {
     run_forward(plan, groups, wide, weight, after, y);
   } else {
-    Tensor result = torch::stable::new_empty(wide, y_size);
+    Tensor result = empty(wide, y_size);
     run_forward(plan, groups, wide, weight, after, result);
     torch::stable::copy_(y, result);
   }
@@ -219,7 +240,7 @@ std::tuple<Tensor, Tensor> weight_gradients(const Plan& plan, const Groups& grou
                                             const Ints& weight_size, bool untied, bool bias) {
   const ScalarType dtype = dy.scalar_type();
   const Tensor wide = widened(input), wide_output = widened(output);
-  Tensor dw = torch::stable::new_zeros(wide, weight_size);
+  Tensor dw = zeros(wide, weight_size);
   const int64_t stride = untied ? dw.numel() / std::max<int64_t>(1, weight_size[0]) : 0;
   const bool is_double = wide.scalar_type() == ScalarType::Double;
   if (dw.numel() > 0 && wide.numel() > 0 && wide_output.numel() > 0) {
@@ -229,7 +250,7 @@ std::tuple<Tensor, Tensor> weight_gradients(const Plan& plan, const Groups& grou
       run_grad_weight<float>(plan, groups, wide, wide_output, dw, stride);
   }
   Ints db_size = bias ? (untied ? Ints{weight_size[0], channels} : Ints{channels}) : Ints{0};
-  Tensor db = torch::stable::new_zeros(wide, db_size);
+  Tensor db = zeros(wide, db_size);
   if (bias && dy.numel() > 0) {
     const Tensor wide_dy = widened(dy);
     if (is_double)
@@ -469,6 +490,34 @@ std::tuple<Tensor, Tensor> masked_conv_transpose2d_grad_weight(Tensor dy, Tensor
   return weight_gradients(plan, g, dy, x, dy, w.second * groups, in[0] * in[1], weight_size, untied, bias);
 }
 
+// ---- routes
+
+// `rtl_kernels::route` (ops.py) for indices known to lie in -1..masks - 1: counted, then dealt out, so stable.
+std::tuple<Tensor, Tensor, Tensor> group_rows(Tensor index, int64_t masks) {
+  STD_TORCH_CHECK(index.dim() == 1 && index.scalar_type() == ScalarType::Long && masks >= 1,
+                  "index does not fit: expected int64 (batch,)");
+  const Tensor from = index.is_contiguous() ? index : torch::stable::contiguous(index);
+  const int64_t rows = from.numel();
+  const int64_t* at = from.const_data_ptr<int64_t>();
+  Tensor order = empty(from, {rows}), offsets = empty(from, {masks + 2}), ascending = empty(from, {rows});
+  int64_t* const begin = offsets.mutable_data_ptr<int64_t>();
+  std::fill(begin, begin + masks + 2, 0);
+  for (int64_t r = 0; r < rows; ++r) {
+    STD_TORCH_CHECK(at[r] >= -1 && at[r] < masks, "index holds ", at[r], ", but there are ", masks, " masks");
+    ++begin[at[r] + 2];
+  }
+  for (int64_t g = 0; g <= masks; ++g) begin[g + 1] += begin[g];
+  Ints next(begin, begin + masks + 1);
+  int64_t* const to = order.mutable_data_ptr<int64_t>();
+  int64_t* const sorted = ascending.mutable_data_ptr<int64_t>();
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t place = next[at[r] + 1]++;
+    to[place] = r;
+    sorted[place] = at[r];
+  }
+  return {order, offsets, ascending};
+}
+
 // ---- batch normalisation
 
 struct NormShape {
@@ -521,10 +570,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> subset_batch_norm(Tensor x, std::opti
   std::optional<Tensor> w, b;
   if (weight) w = widened(*weight);
   if (bias) b = widened(*bias);
-  Tensor y = torch::stable::new_empty(wide, sizes(wide));
+  Tensor y = empty(wide, sizes(wide));
   const Ints statistics = {shape.batch.masks, shape.channels};
-  Tensor mean = torch::stable::new_zeros(wide, statistics), variance = torch::stable::new_zeros(wide, statistics);
-  Tensor inverse_std = torch::stable::new_zeros(wide, statistics);
+  Tensor mean = zeros(wide, statistics), variance = zeros(wide, statistics);
+  Tensor inverse_std = zeros(wide, statistics);
   if (y.numel() > 0) {
     if (wide.scalar_type() == ScalarType::Double)
       run_batch_norm<double>(shape, wide, w, b, eps, y, mean, variance, inverse_std);
@@ -555,9 +604,9 @@ std::tuple<Tensor, Tensor, Tensor> subset_batch_norm_grad(Tensor dy, Tensor x, s
   STD_TORCH_CHECK(sizes(wide) == sizes(wide_dy), "dy is not of the shape of x");
   std::optional<Tensor> w;
   if (weight) w = widened(*weight);
-  Tensor dx = torch::stable::new_empty(wide, sizes(wide));
+  Tensor dx = empty(wide, sizes(wide));
   const Ints affine = weight ? sizes(*weight) : Ints{0};
-  Tensor dw = torch::stable::new_zeros(wide, affine), db = torch::stable::new_zeros(wide, affine);
+  Tensor dw = zeros(wide, affine), db = zeros(wide, affine);
   const Tensor m = widened(mean), inverse = widened(inverse_std);
   if (dx.numel() > 0) {
     if (wide.scalar_type() == ScalarType::Double)
@@ -590,7 +639,7 @@ STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CPU, m) {
 #undef RTL_IMPL
 }
 
-// ---- what rtl_kernels/info.py tells of this library
+// ---- what is no operator of a backend: what rtl_kernels/info.py tells of this library, and how routes are sorted
 
 namespace rtl_kernels {
 namespace {
@@ -608,6 +657,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rtl_kernels, m) {
   m.def("cpu_levels() -> str[]");
   m.def("cpu_cache_bytes() -> int");
   m.def("cpu_cache_limit() -> int");
+  m.def("cpu_group_rows(Tensor index, int num_masks) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CompositeExplicitAutograd, m) {
@@ -615,4 +665,5 @@ STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_levels", TORCH_BOX(&rtl_kernels::cpu_levels));
   m.impl("cpu_cache_bytes", TORCH_BOX(&rtl_kernels::cpu_cache_bytes));
   m.impl("cpu_cache_limit", TORCH_BOX(&rtl_kernels::cpu_cache_limit));
+  m.impl("cpu_group_rows", TORCH_BOX(&rtl_kernels::group_rows));
 }

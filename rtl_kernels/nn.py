@@ -331,7 +331,7 @@ def _batch_norm(
     """Normalise every group with its own statistics: y, and per group mean and unbiased variance (K, C)."""
     backend = functional.batch_norm_backend(x)
     if _needs_gradient(x, weight, bias):
-        y, mean, variance, _ = _SubsetBatchNorm.apply(x, weight, bias, offsets, eps, backend)
+        y, mean, variance, _ = functional.apply(_SubsetBatchNorm, x, weight, bias, offsets, eps, backend)
     else:
         forward = functional.raw_operator(f"subset_batch_norm_{backend}")
         y, mean, variance, _ = forward(x, weight, bias, offsets, eps)

@@ -157,17 +157,23 @@ def _register_loop_vmap(name: str) -> None:
 
 # ---- routes
 
+# The compiled library's counting sort of an index on the CPU, where backends/cpu.py has loaded it.
+group_rows: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]] | None = None
+
 
 def _route(index: Tensor, num_masks: int) -> tuple[Tensor, Tensor, Tensor]:
     """index (B,) -> order (B,), offsets (K + 2,), sorted index (B,). See `Route.build` for what is checked where."""
     if index.device.type == "cpu" or os.environ.get("RTL_KERNELS_CHECK_INDEX") == "1":
-        outside = index[(index < -1) | (index >= num_masks)]
-        if outside.numel():
+        least, most = index.aminmax() if index.numel() else (0, 0)
+        if least < -1 or most >= num_masks:
+            outside = index[(index < -1) | (index >= num_masks)]
             raise IndexError(
                 f"index holds {int(outside[0])}, but there are {num_masks} masks (0..{num_masks - 1}, or -1 for none)"
             )
     else:
         index = index.clamp(-1, num_masks - 1)
+    if group_rows is not None and index.is_cpu:
+        return group_rows(index, num_masks)
     ascending, order = torch.sort(index, stable=True)
     bounds = torch.arange(-1, num_masks + 1, device=index.device)
     return order, torch.searchsorted(ascending, bounds), ascending

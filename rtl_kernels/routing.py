@@ -123,7 +123,7 @@ class Route:
         Raises ValueError if x has neither `batch` nor `rows` samples.
         """
         samples = x.shape[0] if x.dim() else 0
-        if samples == self.rows:
+        if samples == (self.rows if self.all_masks else self.batch):
             return 1
         if samples == self.batch:
             return self.num_masks

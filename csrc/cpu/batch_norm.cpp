@@ -8,13 +8,13 @@
 namespace rtl_kernels {
 namespace {
 
-// Channels of one group of samples, as rows for the kernels: planes of at least a vector are taken a channel at a time;
-// of smaller ones a sample's channels lie side by side in one row, and every pixel has its channel's coefficients.
+// Channels of one group of samples, as rows for the kernels: planes of more than a few vectors are taken a channel at a
+// time; of smaller ones a sample's channels lie side by side in one row, and every pixel has its channel's coefficients.
 template <class T>
 class Channels {
  public:
   Channels(int64_t channels, int64_t pixels) : channels_(channels), pixels_(pixels), k_(kernels<T>()) {
-    columns_ = pixels < k_.lanes;
+    columns_ = pixels <= 4 * k_.lanes;
     each_ = columns_ ? std::max<int64_t>(1, 256 / std::max<int64_t>(1, pixels)) : 1;
   }
 

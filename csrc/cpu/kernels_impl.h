@@ -855,7 +855,10 @@ void split(const Split<T>& m) {
       store(even + w / 2, every_second<V, L, 0>(a, b));
       store(odd + w / 2, every_second<V, L, 1>(a, b));
     }
-    for (; w < m.width; ++w) (w % 2 ? odd : even)[w / 2] = from[w];
+    for (; w < m.width; ++w) {
+      T* const to = w % 2 ? odd : even;  // with [w / 2] behind it, GCC 12 under UBSan takes w / 2 from a step before
+      to[w / 2] = from[w];
+    }
   }
 }
 

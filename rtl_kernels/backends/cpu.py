@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..ops import OPERATIONS, define
+from .. import ops
 
 name = "cpu"
 
@@ -32,8 +32,9 @@ def _load() -> str | None:
 
 unavailable = _load()
 if unavailable is None:
-    for _operation in OPERATIONS:
-        define(_operation, name, None, "CPU")
+    for _operation in ops.OPERATIONS:
+        ops.define(_operation, name, None, "CPU")
+    ops.group_rows = torch.ops.rtl_kernels.cpu_group_rows.default
 
 
 def supports(operation: str, x: Tensor, weight: Tensor) -> str | None:

@@ -496,6 +496,8 @@ PLANES = {  # channels side by side, whole vectors of them and not; a channel at
     "3×2": (32, 5, 3, 2),
     "2×2, many channels": (64, 184, 2, 2),
     "4×4": (300, 9, 4, 4),
+    "8×8": (40, 6, 8, 8),
+    "9×10": (50, 4, 9, 10),
     "16×16": (20, 7, 16, 16),
     "37×41": (10, 3, 37, 41),
 }

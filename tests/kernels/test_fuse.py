@@ -15,7 +15,7 @@ from torch import nn
 
 import rtl_kernels as rk
 from rtl_kernels import functional, testing
-from rtl_kernels.fuse import FusedLayer
+from rtl_kernels.fuse import FusedLayer, PointConv2d
 from rtl_kernels.nn import SubsetBatchNorm2d
 
 K = 3
@@ -529,6 +529,37 @@ def test_dense_convolutions_take_shared_batch_norms(batch_norm):
     fused = rk.nn.fuse(net)
     assert kinds(fused).get(SubsetBatchNorm2d, 0) == (0 if batch_norm == "shared" else 2)
     assert_same(fused, net, torch.randn(len(INDEX), 2, 6, 6, dtype=torch.float64), INDEX)
+
+
+class Squeezed(nn.Module):
+    """Squeeze-and-excitation whose convolutions stay dense, and the second of them on whole planes too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.reduce = nn.Conv2d(6, 4, 1)
+        self.expand = nn.Conv2d(4, 6, 1, bias=False)
+        self.strided = nn.Conv2d(4, 6, 1, stride=2)
+
+    def forward(self, x):
+        x = self.conv(x)
+        small, large = self.reduce(x.mean((2, 3), keepdim=True)), self.reduce(x)
+        return x * torch.sigmoid(self.expand(small)) + self.expand(large), self.strided(large)
+
+
+def test_dense_convolutions_on_single_pixels_are_linear_layers_and_on_planes_convolutions():
+    net = rk.nn.convert(Squeezed().double(), K, scope=["conv"])
+    net.banks = {"conv": rk.MaskBank.from_dense(torch.rand(K, 6, 2, 3, 3) < 0.5)}
+    fused = rk.nn.fuse(net)
+    assert kinds(fused)[PointConv2d] == 4  # calls
+    assert kinds(fused)[nn.Conv2d] == 1
+    for size in (9, 5, 9):  # a layer remembers the shapes it was given
+        x = torch.randn(len(INDEX), 2, size, size, dtype=torch.float64)
+        for ours, theirs in zip(fused(x, INDEX), net.eval()(x, INDEX), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    for bad in (torch.zeros(len(INDEX), 3, 9, 9), torch.zeros(len(INDEX), 2, 2, 9)):
+        with pytest.raises(ValueError, match=r"x has shape \(7, "):
+            fused(bad.double(), INDEX)
 
 
 def test_batch_norms_without_running_statistics_or_parameters_stay_right():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rtl_kernels as rk
-from rtl_kernels import testing
+from rtl_kernels import ops, testing
 
 batches = st.integers(1, 6).flatmap(lambda k: st.tuples(st.lists(st.integers(-1, k - 1), max_size=20), st.just(k)))
 
@@ -36,6 +36,16 @@ def test_offsets_say_where_every_mask_begins_and_ends(batch):
     ]
     assert route.present.tolist() == [mask in index for mask in range(-1, num_masks)]
     assert (route.batch, route.rows, route.all_masks) == (len(index), len(index), False)
+
+
+@given(batches)
+def test_with_the_compiled_library_and_without_it_routes_are_the_same(batch):
+    compiled = rk.Route.build(*batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "group_rows", None)
+        plain = rk.Route.build(*batch)
+    for attribute in ("order", "offsets", "index"):
+        testing.assert_bitwise(getattr(compiled, attribute), getattr(plain, attribute))
 
 
 @given(batches)

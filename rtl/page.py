@@ -498,7 +498,7 @@ def _routing(run: RunView) -> str:
         for (_, sparsity, router), group in sorted(groups.items())
     ]
     head = ["router", "sparsity", "own ticket", f"end task: {metric}", "calibration error"]
-    caption = "two-fold on held-out samples: calibrated on one half, measured on the other; the oracle knows the subset"
+    caption = "two-fold on held-out samples: calibrated on one half, measured on the other; the oracle: by context"
     return table(head, body, sortable=True, caption=caption)
 
 

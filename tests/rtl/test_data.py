@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from rtl.data import Data, cifar10, cifar100, data_root, digits, from_dataset
 from rtl.errors import InputError
+from rtl.partition import by_label
 
 needs_data = pytest.mark.skipif("RTL_DATA" not in os.environ, reason="RTL_DATA names no folder with the real data")
 
@@ -210,6 +211,18 @@ def test_the_digits_are_split_without_overlap_in_proportion_and_normalised():
     assert abs(batch.mean()) < 1e-5
     assert abs(batch.std() - 1) < 1e-3
     assert (test.mean, test.std) == (train.mean, train.std)
+
+
+def test_the_digits_are_the_same_at_any_thread_count():
+    threads, found = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            train, _ = digits()
+            found.add((train.mean, train.std, by_label(train).fingerprint))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
 
 
 def test_the_digits_split_depends_on_the_seed_alone():

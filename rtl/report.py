@@ -287,7 +287,9 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
             if str(value) not in str(table["environment"].get(key, "?")).split(" / ")
         }
         lists = {
-            k: [*details.get(k, []), *more.get(k, [])] for k in ("per_class", "routing") if k in details or k in more
+            k: [*details.get(k, []), *more.get(k, [])]
+            for k in ("per_class", "per_image", "routing")
+            if k in details or k in more
         }
         details = (details if "similarity" in details else {**details, **more}) | lists
     seen = set()

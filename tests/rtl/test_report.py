@@ -142,6 +142,13 @@ def test_runs_of_one_recipe_become_one_table(details):
     assert len(first[0]["rows"]) == 1  # what was given is left as it was
 
 
+def test_merged_runs_keep_every_images_figures():
+    first, second = (
+        (t, d | {"per_image": [{"psnr": n}]}) for n, (t, d) in enumerate((results(row()), results(row(seed=1))))
+    )
+    assert merged([first, second])[1]["per_image"] == [{"psnr": 0}, {"psnr": 1}]
+
+
 def test_one_run_merged_is_itself(table, details):
     assert merged([(table, details)]) == (table, details)
 

@@ -12,7 +12,9 @@ import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +133,15 @@ def main() -> int:
                 missed += bool(problems)
                 print(line(row), "; ".join(problems), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    others = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    others = [row for row in others if row.get("backend") != "triton"]  # CUDA C++'s rows stand in the same file
-    options.out.write_text(json.dumps({"rows": others + rows}, indent=1, ensure_ascii=False) + "\n")
+    report = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    others = [row for row in report["rows"] if row.get("backend") != "triton"]  # CUDA C++'s rows stand in the same file
+    made = {
+        "command": "python benchmarks/gpu_static.py",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "version": metadata.version("triton"),
+    }
+    report = {"made": report.get("made", {}) | {"triton": made}, "rows": others + rows}
+    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"{len(rows)} kernels compiled, {missed} miss a threshold")
     return 1 if missed else 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +122,15 @@ def compile_cubin(arch: str) -> tuple[Path, str]:
     options = ["-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{CUDA}"]
     cubin = _cached(f"{arch}.cubin", nvcc, *options)
     log = cubin.with_suffix(".log")
-    if not (cubin.exists() and log.exists()):
-        command = [nvcc, *options, str(CUDA / "launch.cu"), "-o", f"{cubin}.new"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"nvcc failed for {arch}:\n{result.stderr[-4000:]}")
-        log.write_text(result.stderr)
-        os.replace(f"{cubin}.new", cubin)
+    with cubin.with_suffix(".lock").open("w") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)  # another process may want the same
+        if not (cubin.exists() and log.exists()):
+            command = [nvcc, *options, str(CUDA / "launch.cu"), "-o", f"{cubin}.new"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(f"nvcc failed for {arch}:\n{result.stderr[-4000:]}")
+            log.write_text(result.stderr)
+            os.replace(f"{cubin}.new", cubin)
     return cubin, log.read_text()
 
 
@@ -190,6 +194,7 @@ def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> flo
     return min(by_registers, by_shared, limits.warps // warps, limits.blocks) * warps / limits.warps
 
 
+@functools.cache
 def report(arch: str) -> list[dict[str, Any]]:
     """One row a kernel, as DESIGN.md §8 has them."""
     cubin, log = compile_cubin(arch)
@@ -219,14 +224,27 @@ def report(arch: str) -> list[dict[str, Any]]:
     return rows
 
 
-def merge_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Put rows into a file of them: those of the same kernel and architecture are replaced, all others stay."""
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
+def version() -> str:
+    """nvcc's."""
+    said = subprocess.run([find_tool("nvcc") or "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"\bV([\d.]+)", said)
+    return str(found)
+
+
+def merge_rows(path: Path, rows: Iterable[dict[str, Any]], made: dict[str, str] | None = None) -> None:
+    """Put rows into a file of them: those of the same kernel and architecture are replaced, all others stay.
+
+    `made`: how and when, by what.
+    """
+    report = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    old = report["rows"]
     others = [row for row in old if not row["kernel"].startswith("cuda.")]  # Triton's, of several layers each
     mine = [row for row in old if row["kernel"].startswith("cuda.")]
     merged = {(row["kernel"], row["arch"]): row for row in [*mine, *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"rows": [merged[key] for key in sorted(merged)] + others}
+    report["rows"] = [merged[key] for key in sorted(merged)] + others
+    if made:
+        report["made"] = report.get("made", {}) | {"cuda": made}
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
@@ -249,7 +267,9 @@ def main() -> None:
     rows = [row for arch in options.arch for row in report(arch)]
     print(table(rows))
     if options.write:
-        merge_rows(options.write, rows)
+        today = datetime.now(timezone.utc).date().isoformat()
+        command = "python benchmarks/gpu_static_cuda.py --write benchmarks/results/gpu_static.json"
+        merge_rows(options.write, rows, {"command": command, "date": today, "version": version()})
 
 
 if __name__ == "__main__":

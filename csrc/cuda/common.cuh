@@ -27,7 +27,7 @@ RTL_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 RTL_DEVICE int lane_index() { return thread_index() & 31; }
 RTL_DEVICE int warp_index() { return thread_index() >> 5; }
 
-// row · stride, in 64 bits: a batch may be larger than 2³¹ elements.
+// row · stride, in 64 bits: a batch, or all masks, may hold more than 2³¹ elements.
 RTL_DEVICE int64_t offset_of(int64_t row, int64_t stride) {
   return RTL_PLANT(9, row * stride, int64_t(int32_t(row) * int32_t(stride)));
 }
@@ -112,7 +112,7 @@ RTL_DEVICE int64_t group_of_row(const Route& route, int64_t row) {
 
 // Words of mask g − 1, row `row`.
 RTL_DEVICE const int32_t* mask_row(const Route& route, int64_t g, int64_t row) {
-  return route.words + ((g - 1) * route.mask_rows + row) * route.words_per_row;
+  return route.words + offset_of((g - 1) * route.mask_rows + row, route.words_per_row);
 }
 
 // The weight of group g: shared, or its own.

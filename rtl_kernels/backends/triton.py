@@ -70,8 +70,7 @@ def _run(step: launch.Launch) -> None:
     from .triton_kernels import kernels
 
     kernel = getattr(kernels, step.kernel)
-    options = {"num_warps": step.warps, "num_stages": step.stages, "maxnreg": step.registers}
-    kernel[step.grid](**step.arguments, **step.constants, **options)
+    kernel[step.grid](**step.arguments, **step.constants, **step.options)
 
 
 def _implementation(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -346,6 +346,21 @@ PLANTS = {
         "    tl.store(lives, tl.maximum(count - 1, 0))\n\n\n@triton.jit\ndef live_rows",
         _accurate(case("linear", "wide")),
     ),
+    "the last word of a tile not looked at": (
+        "        inside = (row < rows)[:, None] & (word < last_word)[None, :]",
+        "        inside = (row < rows)[:, None] & (word < last_word - 1)[None, :]",
+        _accurate(case("linear", "wide")),
+    ),
+    "a part of a sum forgotten": (
+        "    for split in range(splits):",
+        "    for split in range(splits - 1):",
+        _accurate(Case("cut", "conv2d", (3, 4, 24, 24), (4, 4, 1, 1), (0, 1, 0), 2)),
+    ),
+    "db of the next group's rows": (
+        "        inside = flat < high\n",
+        "        inside = flat < high + 1\n",
+        _accurate(case("linear", "untied")),
+    ),
     "rows written in sorted order": (
         "        target = sample\n    y_row = y + target * y_n + _at(pixel",
         "        target = _at(row, WIDE)\n    y_row = y + target * y_n + _at(pixel",

@@ -1,4 +1,5 @@
 """The Triton kernels compiled ahead of time: a fast subset of benchmarks/gpu_static.py, and its committed report.
+RTL_VERIFY_GPU=1 compiles all of it.
 
 Nothing here runs on a GPU, and nothing is said about speed.
 """
@@ -8,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -74,7 +77,7 @@ def test_64_bit_indices_compile(kernel):
 @needs_triton
 def test_a_tile_too_large_for_the_registers_is_caught(monkeypatch):
     monkeypatch.setattr(
-        cases, "Target", lambda run, *rest: Target(run, *rest, choose=lambda problem: Config(128, 128, 64, 4, 2))
+        cases, "Target", lambda run, arch, tf32, _: Target(run, arch, tf32, lambda problem: Config(128, 128, 64, 4, 2))
     )
     step = _launch("correlate", "float16", 80, "conv 3×3 64→64")
     problems = static.failures(static.measure(("conv", "float16", step), 80))
@@ -168,6 +171,22 @@ def test_the_committed_report_holds_every_launch_and_every_threshold(architectur
     for layer, arithmetic, step in static.launches(architecture):
         tile = tuple(step.constants.get(f"BLOCK_{axis}", 0) for axis in "ORK")
         assert (step.kernel, arithmetic, layer, tile, step.warps, step.stages) in reported
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("RTL_VERIFY_GPU"), reason="takes minutes: set RTL_VERIFY_GPU=1")
+@pytest.mark.parametrize("kernel", static.OCCUPANCY_FLOOR)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_launch_compiles_to_what_the_report_says(architecture, kernel):
+    report = json.loads(static.RESULTS.read_text())
+    same_version = report["made"]["triton"]["version"] == metadata.version("triton")
+    jobs = [job for job in static.launches(architecture) if job[2].kernel == kernel]
+    assert jobs
+    for job in jobs:
+        row = static.measure(job, architecture)
+        assert static.failures(row) == [], row
+        assert not same_version or row in report["rows"], row
 
 
 def test_the_roofline_is_a_lower_bound_and_says_that_it_is_a_prediction():

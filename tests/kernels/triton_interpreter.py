@@ -95,11 +95,18 @@ def _checked(kernel: Any, allowed: list[tuple[int, int]]) -> Iterator[None]:
         if not inside.all():
             raise OutOfBoundsError(f"{int((~inside).sum())} of {at.size} accesses lie in no argument's memory")
 
+    # Where one side of a comparison is a scalar, Triton 3.9 goes on counting its result as 32-bit integers, which its
+    # own loads and stores then refuse.
+    def boolean(mask: Any) -> Any:
+        return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
+
     def masked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        mask = boolean(mask)
         check(pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
         return loads(self, pointers, mask, *args)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+        mask = boolean(mask)
         check(pointers, mask, value.data.dtype.itemsize)
         return stores(self, pointers, value, mask, *args)
 

@@ -583,6 +583,24 @@ int invariance(uint64_t seed) {
   return 0;
 }
 
+// Masks of more than 2³¹ words, of which the last few are looked at.
+void far_summary() {
+  rtl::Route route;
+  route.masks = 3, route.mask_rows = 1 << 16, route.words_per_row = 1 << 14;
+  const int64_t words = route.masks * route.mask_rows * route.words_per_row;
+  Buffer memory(Type::kF32, words);
+  reinterpret_cast<int32_t*>(memory.data)[words - 1] = 1;
+  route.words = reinterpret_cast<const int32_t*>(memory.data);
+  std::vector<uint32_t> summary(size_t(rtl::tile_summary_words(route.masks, route.mask_rows, route.words_per_row)));
+  simt::options.last_blocks = 2;
+  const size_t made = size_t(simt::options.last_blocks * rtl::kSummaryThreads / 32);
+  std::fill(summary.end() - int64_t(made), summary.end(), 0xDEADBEEF);
+  check(rtl::tile_summary(route, summary.data(), nullptr), "far summary");
+  simt::options.last_blocks = 0;
+  for (size_t i = 1; i <= made; i++)
+    demand(summary[summary.size() - i] == (i == 1 ? 0x80000000u : 0u), "the last tiles are not what they should be", "far summary");
+}
+
 // Offsets and orders that no Route holds: nothing may be read or written out of bounds. The results mean nothing.
 int garbage(uint64_t seed) {
   Random random(seed);
@@ -651,6 +669,7 @@ int main(int count, char** values) {
     if (wants("small_grad_input") || wants("gemm_grad_input")) run.grad_input(), run.check_grad_input();
     if (wants("gemm_grad_weight") || wants("grad_bias")) run.grad_weight(), run.check_grad_weight();
   }
+  if (size == "huge" && wants("tile_summary")) far_summary(), cases++;
   for (const DepthwiseCase& c : depthwise_cases(size)) {
     if (!kernel.empty() && kernel.rfind("depthwise", 0) != 0) break;
     DepthwiseRun run(c, seed + 1);

@@ -31,6 +31,7 @@ struct Options {
   Order order = Order::kForward;
   Copies copies = Copies::kLazy;
   uint64_t seed = 0;
+  int64_t last_blocks = 0;  // of a launch only its last blocks run, for grids too large to run whole; 0: all of them
 };
 
 extern Options options;

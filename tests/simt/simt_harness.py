@@ -7,6 +7,8 @@ Builds are cached under build/simt by the hash of everything that goes into them
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,18 @@ def cache_folder(*parts: str) -> Path:
     return ROOT / "build" / "simt" / digest.hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time builds what goes into a folder; the others wait, and find it made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 @functools.cache
 def build(mode: str, plant: str = "simt::planted") -> Path:
     """The runner, instrumented as `mode` says. `plant` is what -DPLANT is given: by default a runtime choice."""
@@ -95,15 +110,13 @@ def build(mode: str, plant: str = "simt::planted") -> Path:
     emulator = [*common, *runtime, "-O2", "-Wall", "-Werror", "-fno-builtin", "-fno-tree-loop-distribute-patterns"]
     folder = cache_folder(mode, *kernels, *emulator)
     runner = folder / "runner"
-    if runner.exists():
-        return runner
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+    with _alone(folder), tempfile.TemporaryDirectory(dir=folder) as work:
+        if runner.exists():
+            return runner
         for compiler, name in ((kernels, "runner"), (kernels, "simt_copy"), (emulator, "simt")):
             subprocess.run([*compiler, "-c", str(HERE / f"{name}.cpp"), "-o", f"{work}/{name}.o"], check=True)
         objects = [f"{work}/{name}.o" for name in ("runner", "simt_copy", "simt")]
         subprocess.run(["g++", *flags, *objects, "-o", f"{work}/linked"], check=True)
-        folder.mkdir(exist_ok=True)
         os.replace(f"{work}/linked", runner)
     return runner
 
@@ -131,9 +144,8 @@ def _made(name: str, command: list[str], source: Path) -> Path:
     """What a command writes to its -o, made once for this state of the sources."""
     folder = cache_folder(name, source.read_text(), *command)
     made = folder / name
-    if not made.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
+    with _alone(folder), tempfile.TemporaryDirectory(dir=folder) as work:
+        if not made.exists():
             subprocess.run([*command, "-o", f"{work}/{name}"], check=True)
             os.replace(f"{work}/{name}", made)
     return made

@@ -7,6 +7,7 @@ Nothing here runs on a GPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,13 +31,18 @@ def _refusal(case: testing.Case, dtype: torch.dtype = torch.float32) -> str | No
 SUPPORTED = [case for case in testing.CASES if _refusal(case) is None]
 
 
+@functools.cache
+def _load() -> str:
+    torch.ops.load_library(str(simt.build_backend()))
+    cuda.register("emulated", "CPU")
+    return "emulated"
+
+
 @pytest.fixture(scope="session")
 def library() -> str:
     if _NO_COMPILER is not None:
         pytest.skip(_NO_COMPILER)
-    torch.ops.load_library(str(simt.build_backend()))
-    cuda.register("emulated", "CPU")
-    return "emulated"
+    return _load()
 
 
 @pytest.fixture

@@ -40,10 +40,10 @@ _PLANTS = {
     "grad_bias": [1, 2, 5, 6, 8, 9],
     "small_forward": [1, 4, 6, 7, 8, 9],
     "small_grad_input": [1, 2, 4, 5, 6, 7, 8, 9],
-    "depthwise_forward": [1, 4, 6, 7, 8, 9],
+    "depthwise_forward": [1, 2, 4, 6, 7, 8, 9],
     "depthwise_grad_input": [1, 2, 4, 6, 7, 8, 9],
     "depthwise_grad_weight": [1, 2, 4, 5, 6, 7, 8, 9],
-    "tile_summary": [4, 7],
+    "tile_summary": [4, 7, 9],
 }
 EXPECTED = {(family, plant): _BY_PLANT[plant] for family, plants in _PLANTS.items() for plant in plants}
 
@@ -65,6 +65,13 @@ def test_planted_when_compiled() -> None:
     """-DPLANT=n in place of the runtime choice."""
     wrong = simt.run("plain", "--size", "tiny", "--kernel", "gemm_forward", plant="7")
     assert simt.caught(wrong) == "reference", wrong.stderr[-2000:]
+
+
+def test_every_kernel_has_its_planted_bugs() -> None:
+    names = [line.split()[0] for line in simt.run("plain", "--list").stdout.splitlines()]
+    assert len(names) > 60
+    for name in names:
+        assert [family for family in _PLANTS if name.startswith(family)], name
 
 
 def test_every_bug_is_planted_in_some_kernel() -> None:

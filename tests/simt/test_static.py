@@ -85,6 +85,15 @@ def test_wide_loads(rows: list[dict[str, Any]]) -> None:
             assert row["wide_load_share"] > 0.6, row
 
 
+@compiled
+def test_the_committed_report_says_so(rows: list[dict[str, Any]]) -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "gpu_static.json").read_text())
+    committed = [row for row in report["rows"] if row["arch"] == rows[0]["arch"] and row["kernel"].startswith("cuda.")]
+    assert {row["kernel"] for row in committed} == {row["kernel"] for row in rows}
+    if report["made"]["cuda"]["version"] == static.version():
+        assert sorted(committed, key=lambda row: row["kernel"]) == sorted(rows, key=lambda row: row["kernel"])
+
+
 @pytest.mark.skipif(static.why_not("g++") is not None, reason=str(static.why_not("g++")))
 def test_every_kernel_has_an_occupancy_floor() -> None:
     for kernel in static.catalogue():
@@ -102,8 +111,9 @@ def test_occupancy_arithmetic() -> None:
 def test_rows_are_merged(tmp_path: Path) -> None:
     path = tmp_path / "gpu_static.json"
     correlate = [{"kernel": "correlate", "arch": 80, "layer": layer} for layer in "ab"]
-    path.write_text(json.dumps({"rows": correlate}))
+    path.write_text(json.dumps({"made": {"triton": "kept"}, "rows": correlate}))
     static.merge_rows(path, [{"kernel": "cuda.b", "arch": "sm_80", "registers": 2}])
-    static.merge_rows(path, [{"kernel": "cuda.b", "arch": "sm_80", "registers": 3}])
-    found = json.loads(path.read_text())["rows"]
-    assert found == [{"kernel": "cuda.b", "arch": "sm_80", "registers": 3}, *correlate]
+    static.merge_rows(path, [{"kernel": "cuda.b", "arch": "sm_80", "registers": 3}], {"version": "1"})
+    found = json.loads(path.read_text())
+    assert found["rows"] == [{"kernel": "cuda.b", "arch": "sm_80", "registers": 3}, *correlate]
+    assert found["made"] == {"triton": "kept", "cuda": {"version": "1"}}

@@ -103,8 +103,7 @@ def compile_launch(launch: Launch, architecture: int, kernels: Any = None) -> Re
     function = getattr(kernels, launch.kernel)
     signature, constants, attributes = specialise(launch, function.arg_names)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -42,6 +42,16 @@ class Launch:
     stages: int
     registers: int | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told. Products may be fused with sums, as everywhere: Triton's own default changes."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": self.registers,
+            "enable_fp_fusion": True,
+        }
+
 
 @dataclass(frozen=True)
 class Target:

@@ -240,10 +240,12 @@ std::tuple<Tensor, Tensor> weight_gradients(const Plan& plan, const Groups& grou
                                             const Ints& weight_size, bool untied, bool bias) {
   const ScalarType dtype = dy.scalar_type();
   const Tensor wide = widened(input), wide_output = widened(output);
-  Tensor dw = zeros(wide, weight_size);
+  // That of a linear layer is filled whatever stands there.
+  const bool run = wide.numel() > 0 && wide_output.numel() > 0;
+  Tensor dw = run && plan.linear() ? empty(wide, weight_size) : zeros(wide, weight_size);
   const int64_t stride = untied ? dw.numel() / std::max<int64_t>(1, weight_size[0]) : 0;
   const bool is_double = wide.scalar_type() == ScalarType::Double;
-  if (dw.numel() > 0 && wide.numel() > 0 && wide_output.numel() > 0) {
+  if (dw.numel() > 0 && run) {
     if (is_double)
       run_grad_weight<double>(plan, groups, wide, wide_output, dw, stride);
     else

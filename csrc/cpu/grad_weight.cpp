@@ -1,6 +1,6 @@
 #include <memory>
 
-#include "operators.h"
+#include "grad_weight.h"
 #include "pack.h"
 #include "structure.h"
 
@@ -46,22 +46,6 @@ class Gradient {
   void segment(int64_t start, int64_t stop) {
     const int64_t L = k_.lanes, count = stop - start;
     const int64_t height = plan_.places[0];
-    if (plan_.linear()) {
-      // A dot product costs its multiply-adds and about 4 cycles to add up its lanes; a dense tile's element costs the
-      // multiply-adds alone, but for pruned weights too. In vectors of samples, with what was measured for each:
-      const double vectors = double(count) / L;
-      const double weights = double(plan_.groups * plan_.group_weights());
-      if (double(structure_->kept) * (1.4 * vectors + 4) > weights * 1.15 * vectors) {
-        outer(start, count);
-        return;
-      }
-      const int64_t each = 16 * L;
-      for (int64_t i = 0; i < count; i += each) {
-        const int64_t here = std::min(each, count - i);
-        piece(start + i, here, {0, 1, (here + L - 1) / L * L, true});
-      }
-      return;
-    }
     const int64_t plane = plan_.plane_width() * (height + plan_.reach[0]);
     int64_t done = 0;
     while (count > done && (count - done >= L || worth_lanes(plan_, count - done, L))) {
@@ -184,38 +168,6 @@ class Gradient {
                       output(start + s) + (g0 * plan_.rows + r) * out_ + (strip.first + h) * width, width * sizeof(T));
   }
 
-  void outer(int64_t start, int64_t count) {
-    // 64 samples at a time: their inputs stay in L2 while the rows of the weight pass.
-    constexpr int64_t kSamples = 64;
-    for (int64_t i = 0; i < count; i += kSamples) {
-      const int64_t here = std::min(kSamples, count - i);
-      for (int64_t g = 0; g < plan_.groups; ++g) {
-        // Whole tiles of 6 rows a thread.
-        const int64_t tiles = (plan_.rows + 5) / 6;
-        parallel_(tiles, [&](int64_t begin, int64_t end) {
-          const int64_t row = begin * 6;
-          const T* x[kSamples];
-          const T* dy[kSamples];
-          for (int64_t s = 0; s < here; ++s) {
-            x[s] = input(start + i + s) + g * plan_.channels;
-            dy[s] = output(start + i + s) + g * plan_.rows + row;
-          }
-          Outer<T> m{};
-          m.x = x;
-          m.dy = dy;
-          m.samples = here;
-          m.inputs = plan_.channels;
-          m.rows = std::min(end * 6, plan_.rows) - row;
-          m.words = words_ ? words_ + (g * plan_.rows + row) * masks_.row_words : nullptr;
-          m.words_row = masks_.row_words;
-          m.g = dw_ + g * plan_.group_weights() + row * plan_.channels;
-          m.g_row = plan_.channels;
-          k_.outer(m);
-        });
-      }
-    }
-  }
-
   const Plan& plan_;
   const Batch& batch_;
   const Masks& masks_;
@@ -253,7 +205,10 @@ double sum(const T* from, int64_t count) {
 template <class T>
 void grad_weight(const Plan& plan, const Batch& batch, const Masks& masks, const GradWeight<T>& call,
                  const Parallel& parallel) {
-  Gradient<T>(plan, batch, masks, call, parallel).run();
+  if (plan.linear())
+    grad_weight_linear<T>(plan, batch, masks, call, parallel);
+  else
+    Gradient<T>(plan, batch, masks, call, parallel).run();
 }
 
 template <class T>

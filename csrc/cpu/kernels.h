@@ -77,16 +77,48 @@ struct Correlate {
   int64_t dy_segment;
 };
 
-// g[o][i] += Σ_s dy[s][o] · x[s][i] where the mask keeps (o, i); words null: everywhere. Rows o in [0, rows).
+// g[r][i] (+)= Σ_s dy[s][r] · x[s][i] where the mask keeps (r, i), zero elsewhere, for a tile of at most outer_rows × outer_columns.
 template <class T>
 struct Outer {
-  const T* const* x;   // `samples` rows of `inputs` elements
-  const T* const* dy;  // `samples` rows, from the first output wanted
+  const T* x;      // (samples, outer_columns)
+  const T* dy;     // (samples, height)
+  int64_t height;  // a third, two thirds or all of outer_rows
   int64_t samples;
-  int64_t inputs;
-  int64_t rows;
-  const uint32_t* words;
+  int64_t rows;    // of g; not more than the height
+  int64_t columns;
+  const uint32_t* words;  // of the first row, or null: all is kept
   int64_t words_row;
+  int64_t column;  // the first one's place among a row's bits
+  bool first;      // g holds nothing yet
+  T* g;
+  int64_t g_row;
+};
+
+// One sample for Outer: x in strips of outer_columns, x_step apart, zero past its end, and dy in tiles of outer_rows,
+// dy_step apart, the last one padded with zeros to whole thirds of that.
+template <class T>
+struct LayOut {
+  const T* x;
+  int64_t inputs;
+  T* x_to;
+  int64_t x_step;
+  const T* dy;
+  int64_t rows;
+  T* dy_to;
+  int64_t dy_step;
+  T* dy_last;  // where the last tile goes
+};
+
+// g[r][j] += Σ_c dy[r][c] · x[j][c] for the inputs j that row r's list has in tiles [first_tile, last_tile).
+template <class T>
+struct Dots {
+  const T* x;   // (inputs, columns)
+  const T* dy;  // (rows, columns)
+  int64_t columns;  // a multiple of the lanes
+  const uint32_t* starts;  // structure.h: Lists
+  const uint16_t* index;
+  int64_t tiles, first_tile, last_tile;
+  int64_t rows;
   T* g;
   int64_t g_row;
 };
@@ -191,9 +223,12 @@ struct Kernels {
   int lanes;
   int granule;        // of Multiply's columns: the lanes, or half of them
   int block_columns;  // columns held in registers at once
+  int outer_rows, outer_columns;
   void (*multiply)(const Multiply<T>&);
   void (*correlate)(const Correlate<T>&);
   void (*outer)(const Outer<T>&);
+  void (*lay_out)(const LayOut<T>&);
+  void (*dots)(const Dots<T>&);
   void (*few)(const Few<T>&);
   void (*fence)();  // after the last of a thread's results that went past the caches
   void (*to_lanes)(const Lanes<T>&);

@@ -309,6 +309,14 @@ void multiply(const Multiply<T>& m) {
   }
 }
 
+// ---- copies of short rows, for which a call of memcpy each would cost more than the bytes
+
+template <class T, int Bytes>
+RTL_INLINE void copy_bytes(const T* from, T* to) {
+  typedef char V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));
+  *reinterpret_cast<V*>(to) = *reinterpret_cast<const V*>(from);
+}
+
 // ---- a mask's bits on vectors; i, the place of a row's first lane, is a multiple of the lanes, which divide 32
 
 #if RTL_VECTOR_BYTES == 64
@@ -448,7 +456,7 @@ RTL_INLINE typename Vector<T>::type totals(typename Vector<T>::type (&v)[Vector<
 // Q inputs of one pattern against its rows: Q · popcount(P) dot products along the columns at once, so that Q inputs
 // share each load of dy and the rows each load of x.
 template <class T, int Q, int P, bool Table>
-RTL_INLINE void dots(const Correlate<T>& m, int64_t start, const T* dy, T* g, const uint16_t* index) {
+RTL_INLINE void block_dots(const Correlate<T>& m, int64_t start, const T* dy, T* g, const uint16_t* index) {
   constexpr int L = Vector<T>::lanes, R = __builtin_popcount(P);
   typedef typename Vector<T>::type V;
   // The lanes of as many sums as there are lanes are added up together, where most of those places are filled.
@@ -501,18 +509,18 @@ __attribute__((noinline)) void correlate_bucket(const Correlate<T>& m, int64_t s
                                                 const uint16_t* index, uint32_t count) {
 #if RTL_REGISTERS >= 32
   constexpr int Q = Vector<T>::lanes == 16 ? 16 / __builtin_popcount(P) : 4;
-  for (; count >= Q; count -= Q, index += Q) dots<T, Q, P, Table>(m, start, dy, g, index);
+  for (; count >= Q; count -= Q, index += Q) block_dots<T, Q, P, Table>(m, start, dy, g, index);
   if constexpr (Q > 8) {
-    if (count & 8) dots<T, 8, P, Table>(m, start, dy, g, index), index += 8;
+    if (count & 8) block_dots<T, 8, P, Table>(m, start, dy, g, index), index += 8;
   }
   if constexpr (Q > 4) {
-    if (count & 4) dots<T, 4, P, Table>(m, start, dy, g, index), index += 4;
+    if (count & 4) block_dots<T, 4, P, Table>(m, start, dy, g, index), index += 4;
   }
-  if (count & 2) dots<T, 2, P, Table>(m, start, dy, g, index), index += 2;
+  if (count & 2) block_dots<T, 2, P, Table>(m, start, dy, g, index), index += 2;
 #else
-  for (; count >= 2; count -= 2, index += 2) dots<T, 2, P, Table>(m, start, dy, g, index);
+  for (; count >= 2; count -= 2, index += 2) block_dots<T, 2, P, Table>(m, start, dy, g, index);
 #endif
-  if (count & 1) dots<T, 1, P, Table>(m, start, dy, g, index);
+  if (count & 1) block_dots<T, 1, P, Table>(m, start, dy, g, index);
 }
 
 template <class T, bool Table>
@@ -553,67 +561,157 @@ void correlate(const Correlate<T>& m) {
     correlate_blocks<T, false>(m);
 }
 
-// ---- g = dyᵀ · x of a few samples: dense tiles, the mask's bits applied where they are added
+// ---- g = dyᵀ · x: dense tiles, the mask's bits applied where they are added
 
-template <class T, int R, int V>
-RTL_INLINE void outer_tile(const Outer<T>& m, int64_t o, int64_t i) {
-  constexpr int L = Vector<T>::lanes;
+#if RTL_REGISTERS >= 32
+constexpr int kOuterRows = 12;  // 24 sums, 2 inputs and a gradient of 32 registers
+#else
+constexpr int kOuterRows = 6;
+#endif
+constexpr int kOuterVectors = 2;
+
+template <class T, int R>
+RTL_INLINE void outer_tile(const Outer<T>& m) {
+  constexpr int L = Vector<T>::lanes, V = kOuterVectors;
   typename Vector<T>::type sum[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[r][v] = typename Vector<T>::type{};
-  for (int64_t s = 0; s < m.samples; ++s) {
-    const T* x = m.x[s] + i;
-    const T* dy = m.dy[s] + o;
+  const T* x = m.x;
+  const T* dy = m.dy;
+  for (int64_t s = 0; s < m.samples; ++s, x += V * L, dy += R) {
     typename Vector<T>::type column[V];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) column[v] = load(x + v * L);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const typename Vector<T>::type value = splat(dy[r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[r][v] += value * column[v];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      T* g = m.g + (o + r) * m.g_row + i + v * L;
-      typename Vector<T>::type add = sum[r][v];
-      if (m.words) add = kept<T>(add, m.words + (o + r) * m.words_row, i + v * L);
-      store(g, load(g) + add);
+    if (r >= m.rows) continue;
+    T* g = m.g + r * m.g_row;
+    const uint32_t* words = m.words ? m.words + r * m.words_row : nullptr;
+    if (m.columns == V * L) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        typename Vector<T>::type add = sum[r][v];
+        if (words) add = kept<T>(add, words, m.column + v * L);
+        store(g + v * L, m.first ? add : load(g + v * L) + add);
+      }
+    } else {
+      T part[V * L];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(part + v * L, sum[r][v]);
+      for (int64_t i = 0, at = m.column; i < m.columns; ++i, ++at) {
+        const bool keep = !words || words[at / 32] >> (at % 32) & 1;
+        g[i] = (m.first ? T(0) : g[i]) + (keep ? part[i] : T(0));
+      }
     }
   }
-}
-
-template <class T>
-void outer_rest(const Outer<T>& m, int64_t o, int64_t rows, int64_t i, int64_t inputs) {
-  for (int64_t r = o; r < o + rows; ++r)
-    for (int64_t j = i; j < i + inputs; ++j) {
-      if (m.words && !(m.words[r * m.words_row + j / 32] >> (j % 32) & 1)) continue;
-      T sum = 0;
-      for (int64_t s = 0; s < m.samples; ++s) sum += m.dy[s][r] * m.x[s][j];
-      m.g[r * m.g_row + j] += sum;
-    }
 }
 
 template <class T>
 void outer(const Outer<T>& m) {
-  constexpr int L = Vector<T>::lanes, V = RTL_REGISTERS >= 32 ? 4 : 2, R = RTL_REGISTERS >= 32 ? 6 : 4;
+  if (m.height == kOuterRows)
+    outer_tile<T, kOuterRows>(m);
+  else if (m.height == kOuterRows / 3 * 2)
+    outer_tile<T, kOuterRows / 3 * 2>(m);
+  else
+    outer_tile<T, kOuterRows / 3>(m);
+}
+
+template <class T>
+void lay_out(const LayOut<T>& m) {
+  constexpr int L = Vector<T>::lanes, V = kOuterVectors, R = kOuterRows, Third = R / 3;
+  T* to = m.x_to;
   int64_t i = 0;
-  for (; i + V * L <= m.inputs; i += V * L) {
-    int64_t o = 0;
-    for (; o + R <= m.rows; o += R) outer_tile<T, R, V>(m, o, i);
-    for (; o < m.rows; ++o) outer_tile<T, 1, V>(m, o, i);
+  for (; i + V * L <= m.inputs; i += V * L, to += m.x_step) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(to + v * L, load(m.x + i + v * L));
   }
-  for (; i + L <= m.inputs; i += L) {
-    int64_t o = 0;
-    for (; o + R <= m.rows; o += R) outer_tile<T, R, 1>(m, o, i);
-    for (; o < m.rows; ++o) outer_tile<T, 1, 1>(m, o, i);
+  if (i < m.inputs)
+    for (int w = 0; w < V * L; ++w) to[w] = i + w < m.inputs ? m.x[i + w] : T(0);
+  int64_t r = 0;
+  to = m.dy_to;
+  for (; r + R <= m.rows; r += R, to += m.dy_step) {
+    T* here = r + R == m.rows ? m.dy_last : to;
+    copy_bytes<T, Third * sizeof(T)>(m.dy + r, here);
+    copy_bytes<T, Third * sizeof(T)>(m.dy + r + Third, here + Third);
+    copy_bytes<T, Third * sizeof(T)>(m.dy + r + 2 * Third, here + 2 * Third);
   }
-  if (i < m.inputs) outer_rest(m, 0, m.rows, i, m.inputs - i);
+  for (int64_t last = r; r < m.rows || (r - last) % Third; ++r) m.dy_last[r - last] = r < m.rows ? m.dy[r] : T(0);
+}
+
+// ---- g = dy · xᵀ at kept positions, row by row
+
+// Q inputs of a list against V vectors of a row's samples, or against all `columns` where V is 0.
+template <class T, int Q, int V>
+RTL_INLINE typename Vector<T>::type list_dots(const Dots<T>& m, const typename Vector<T>::type* d, const T* dy,
+                                              const uint16_t* index) {
+  constexpr int L = Vector<T>::lanes;
+  const int64_t columns = V ? V * L : m.columns;
+  typename Vector<T>::type sum[L];
+#pragma GCC unroll 16
+  for (int q = 0; q < L; ++q) sum[q] = typename Vector<T>::type{};
+  if constexpr (V > 0) {
+#pragma GCC unroll 16
+    for (int q = 0; q < Q; ++q) {
+      const T* x = m.x + index[q] * columns;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[q] += d[v] * load(x + v * L);
+    }
+  } else {
+    for (int64_t c = 0; c < columns; c += L) {
+      const typename Vector<T>::type row = load(dy + c);
+#pragma GCC unroll 16
+      for (int q = 0; q < Q; ++q) sum[q] += row * load(m.x + index[q] * columns + c);
+    }
+  }
+  return totals<T>(sum);
+}
+
+template <class T, int V>
+__attribute__((noinline)) void dots_columns(const Dots<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const uint16_t* index = m.index + m.starts[r * m.tiles + m.first_tile];
+    const uint16_t* end = m.index + m.starts[r * m.tiles + m.last_tile];
+    const T* dy = m.dy + r * m.columns;
+    T* g = m.g + r * m.g_row;
+    typename Vector<T>::type d[V ? V : 1];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) d[v] = load(dy + v * L);
+    T part[L];
+    for (; end - index >= L; index += L) {
+      store(part, list_dots<T, L, V>(m, d, dy, index));
+#pragma GCC unroll 16
+      for (int q = 0; q < L; ++q) g[index[q]] += part[q];
+    }
+    // What is left, with inputs of the next lists, whose sums are not used.
+    if (index < end) {
+      if (end - index > L / 2)
+        store(part, list_dots<T, L, V>(m, d, dy, index));
+      else
+        store(part, list_dots<T, (L > 1 ? L / 2 : 1), V>(m, d, dy, index));
+      for (int q = 0; index < end; ++q, ++index) g[*index] += part[q];
+    }
+  }
+}
+
+template <class T>
+void dots(const Dots<T>& m) {
+  switch (m.columns / Vector<T>::lanes) {
+    case 1: dots_columns<T, 1>(m); break;
+    case 2: dots_columns<T, 2>(m); break;
+    case 3: dots_columns<T, 3>(m); break;
+    case 4: dots_columns<T, 4>(m); break;
+    default: dots_columns<T, 0>(m); break;
+  }
 }
 
 // ---- y = x · wᵀ of a few samples, inputs as lanes
@@ -790,14 +888,6 @@ void from_lanes(const Lanes<T>& m) {
   }
 }
 
-// ---- copies of short rows, for which a call of memcpy each would cost more than the bytes
-
-template <class T, int Bytes>
-RTL_INLINE void copy_bytes(const T* from, T* to) {
-  typedef char V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));
-  *reinterpret_cast<V*>(to) = *reinterpret_cast<const V*>(from);
-}
-
 // Rows of N to 2 · N bytes: the first N and the last N of each.
 template <class T, int N>
 RTL_INLINE void copy_rows(const T* from, int64_t from_row, T* to, int64_t to_row, int64_t rows, int64_t width) {
@@ -940,7 +1030,8 @@ namespace RTL_LEVEL {
 template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
-          multiply<T>,      correlate<T>, outer<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>,
+          kOuterRows, kOuterVectors * Vector<T>::lanes,
+          multiply<T>,      correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>,
           norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 

@@ -48,7 +48,7 @@ struct Forward {
 template <class T>
 void forward(const Plan& plan, const Batch& batch, const Masks& masks, const Forward<T>& call, const Parallel& parallel);
 
-// dw += m ⊙ (∂op/∂w)ᵀ, into a zeroed tensor, of a gather plan with `input` and (the gradient of) `output`. The one of the
+// dw += m ⊙ (∂op/∂w)ᵀ, into a zeroed tensor (a linear plan: into any), of a gather plan with `input` and (the gradient of) `output`. The one of the
 // two with fewer samples than rows is read again for every mask.
 template <class T>
 struct GradWeight {

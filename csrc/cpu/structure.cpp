@@ -23,6 +23,8 @@ int64_t tile_inputs(const Plan& plan, int64_t kept) {
   return (inputs + tiles - 1) / tiles;
 }
 
+constexpr int64_t kListsPadding = 64;
+
 int64_t weight_rows(const Plan& plan) { return plan.groups * (plan.scatter ? plan.channels : plan.rows); }
 
 int64_t count_bits(const Plan& plan, const uint32_t* words, int64_t words_row) {
@@ -89,6 +91,44 @@ std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words
   return structure;
 }
 
+// See Lists. Rows and inputs change places in a scatter.
+std::shared_ptr<const Structure> compile_lists(const Plan& plan, const uint32_t* words, int64_t words_row) {
+  auto structure = std::make_shared<Structure>();
+  Structure& s = *structure;
+  s.tile_inputs = 128;
+  s.block_rows = 1;
+  s.kept = count_bits(plan, words, words_row);
+  const int64_t tiles = std::max<int64_t>(1, (plan.channels + s.tile_inputs - 1) / s.tile_inputs);
+  const int64_t leads = plan.scatter ? plan.channels : plan.rows;
+  s.index.reserve(s.kept + kListsPadding);
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    s.parts.push_back({int64_t(s.counts.size()), int64_t(s.index.size()), tiles});
+    const auto each = [&](auto&& body) {
+      for (int64_t lead = 0; lead < leads; ++lead) {
+        for (int64_t word = 0; word < words_row; ++word) {
+          for (uint32_t bits = words[(group * leads + lead) * words_row + word]; bits; bits &= bits - 1) {
+            const int64_t other = word * 32 + __builtin_ctz(bits);
+            plan.scatter ? body(other, lead) : body(lead, other);
+          }
+        }
+      }
+    };
+    std::vector<uint32_t> starts(plan.rows * tiles + 1, 0);
+    each([&](int64_t row, int64_t input) { ++starts[row * tiles + input / s.tile_inputs + 1]; });
+    if (plan.rows * plan.channels > INT64_C(0xffffffff))
+      throw std::length_error("a list for more than 2^32 weights of a group");
+    for (size_t i = 1; i < starts.size(); ++i) starts[i] += starts[i - 1];
+    std::vector<uint32_t> next(starts);
+    s.index.resize(s.index.size() + starts.back());
+    uint16_t* index = s.index.data() + s.parts.back().index;
+    each([&](int64_t row, int64_t input) { index[next[row * tiles + input / s.tile_inputs]++] = uint16_t(input); });
+    s.counts.insert(s.counts.end(), starts.begin(), starts.end());
+  }
+  s.index.resize(s.index.size() + kListsPadding, 0);
+  s.counts.shrink_to_fit();
+  return structure;
+}
+
 using Key = std::vector<int64_t>;
 
 struct Entry {
@@ -119,10 +159,10 @@ Cache& cache() {
 
 }  // namespace
 
-std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row) {
+std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind) {
   const int64_t length = words ? weight_rows(plan) * words_row : 0;
   Key key = {int64_t(reinterpret_cast<intptr_t>(words)), length, plan.scatter, plan.groups, plan.rows, plan.channels,
-             plan.kernel[0], plan.kernel[1]};
+             plan.kernel[0], plan.kernel[1], int64_t(kind)};
   if (plan.scatter && plan.taps > 1)  // only then do the taps fall into phases
     key.insert(key.end(), {plan.stride[0], plan.stride[1], plan.dilation[0], plan.dilation[1]});
   else if (plan.scatter)
@@ -140,7 +180,8 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
   }
   lock.unlock();
   std::vector<uint32_t> copy(words, words + length);  // compiled from the copy: a writer meanwhile is its own problem
-  auto structure = compile(plan, words ? copy.data() : nullptr, words_row);
+  auto structure = kind == Kind::kLists ? compile_lists(plan, copy.data(), words_row)
+                                        : compile(plan, words ? copy.data() : nullptr, words_row);
   const int64_t bytes = int64_t(copy.size() * 4 + structure->counts.size() * 4 + structure->index.size() * 2 +
                                 structure->parts.size() * sizeof(Structure::Part) + 256);
   lock.lock();
@@ -150,6 +191,13 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
   c.entries.emplace(key, Entry{std::move(copy), structure, bytes, std::prev(c.order.end())});
   c.bytes += bytes;
   return structure;
+}
+
+double density(const uint32_t* words, int64_t length, int64_t bits) {
+  const int64_t row_bits = (bits + 31) / 32 * 32, step = length / 128 | 1;
+  int64_t kept = 0, words_read = 0;
+  for (int64_t i = 0; i < length; i += step) kept += __builtin_popcount(words[i]), ++words_read;
+  return words_read && bits ? double(kept) / 32 / words_read * row_bits / bits : 0;
 }
 
 int64_t cache_limit() {

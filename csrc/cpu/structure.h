@@ -10,6 +10,17 @@
 
 namespace rtl_kernels {
 
+// Of one group: what each row keeps, ascending. Row r's inputs from tile t on start at starts[r * tiles + t] of `index`,
+// behind which at least a whole vector of valid inputs may be read.
+struct Lists {
+  const uint32_t* starts;
+  const uint16_t* index;
+  int64_t tiles;
+};
+
+// Buckets for blocks of rows, or lists for single ones (of linear layers of up to 65,536 inputs).
+enum class Kind { kBuckets, kLists };
+
 struct Structure {
   int64_t tile_inputs;
   int64_t block_rows;
@@ -18,13 +29,18 @@ struct Structure {
     int64_t counts, index, tiles;
   };
   std::vector<Part> parts;  // (groups, phases)
-  std::vector<uint32_t> counts;
+  std::vector<uint32_t> counts;  // or a list's starts
   std::vector<uint16_t> index;
 
   Kept at(const Plan& plan, int64_t group, int64_t phase) const {
     const Part& part = parts[group * plan.phases.size() + phase];
     const int64_t blocks = (plan.rows + block_rows - 1) / block_rows;
     return {counts.data() + part.counts, index.data() + part.index, part.tiles, tile_inputs, blocks, block_rows, 0};
+  }
+
+  Lists lists(int64_t group) const {
+    const Part& part = parts[group];
+    return {counts.data() + part.counts, index.data() + part.index, part.tiles};
   }
 };
 
@@ -33,7 +49,11 @@ struct Structure {
 // so that a mask changed in place, by whatever means, or another one at a freed mask's address is compiled anew. The
 // check reads 1/32 of the mask's weights' bytes. Bounded: RTL_KERNELS_CACHE_MB, 1024 if unset, of
 // the least recently used go. A structure takes 2 bytes for each (block of four rows, input) that keeps anything.
-std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row);
+std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row,
+                                              Kind kind = Kind::kBuckets);
+
+// Of `length` words, rows of which hold `bits` bits: the share that is kept, estimated from about 4,000 of them.
+double density(const uint32_t* words, int64_t length, int64_t bits);
 
 int64_t cached_bytes();
 int64_t cache_limit();  // in bytes; throws where RTL_KERNELS_CACHE_MB holds no number

@@ -563,9 +563,11 @@ class Run {
     const Plan p = plan(false);
     const Batch b = batch(a_samples_);
     std::unique_ptr<Buffer<T>> dw[3];
+    // A linear layer's is filled whatever stands there.
+    const T untouched = p.linear() && rows_ ? std::numeric_limits<T>::quiet_NaN() : T();
     in_every_way(
         [&](const Parallel& parallel, int which) {
-          dw[which] = std::make_unique<Buffer<T>>((copies - 1) * weight_stride_ + c_.weights(), T(), far_);
+          dw[which] = std::make_unique<Buffer<T>>((copies - 1) * weight_stride_ + c_.weights(), untouched, far_);
           GradWeight<T> call{};
           call.input = a_->data();
           call.output = b_->data();

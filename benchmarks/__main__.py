@@ -30,7 +30,7 @@ SUITES = {name: "operators" for name in (*CASES, *SMALL)} | {name: "networks" fo
 
 # The reduced set: every case in inference, and in training the two that the kernels' goals are stated for.
 REDUCED_TRAINING = ("linear 256, 512→512, K8", "conv 3×3 64→64, 32×32, B64, K4", *NETWORKS)
-REDUCED_CONTENDERS = ("ours", "loop", "loop, cached")
+REDUCED_CONTENDERS = ("ours", "ours, fused", "loop", "loop, cached")
 REDUCED_SECONDS = 1.0
 
 _DESCRIPTION = """Times of the masked operators and of whole networks, and of everything else a mixed batch can be

@@ -97,6 +97,17 @@ def ours(p: Problem) -> Call:
     return Call(lambda: net(p.x, p.index), list(net.model.parameters()), optimizer, "masked")
 
 
+def fused(p: Problem) -> Call:
+    """its copy for inference, `rtl_kernels.nn.fuse`"""
+    if p.training:
+        raise SkippedError("a fused copy is for inference")
+    try:
+        net = rk.nn.fuse(p.net)
+    except ValueError as error:
+        raise SkippedError("torch.fx cannot trace the network") from error
+    return Call(lambda: net(p.x, p.index), [], None, "masked")
+
+
 def loop(p: Problem) -> Call:
     """for each ticket, its samples through the dense network with `weight * mask` (and the ticket's statistics)"""
     norms = any(isinstance(module, nn.BatchNorm2d) for module in p.dense.modules())
@@ -137,6 +148,7 @@ def loop_cached(p: Problem) -> Call:
 CONTENDERS: dict[str, Callable[[Problem], Call]] = {
     "dense": dense,
     "ours": ours,
+    "ours, fused": fused,
     "loop": loop,
     "loop, cached": loop_cached,
 }

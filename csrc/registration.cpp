@@ -586,6 +586,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> subset_batch_norm(Tensor x, std::opti
 }
 
 template <class T>
+void run_batch_norm_fixed(const NormShape& shape, const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor& y) {
+  BatchNorm<T> call{};
+  call.x = x.const_data_ptr<T>();
+  call.channels = shape.channels;
+  call.pixels = shape.pixels;
+  call.weight = scale.const_data_ptr<T>();
+  call.bias = shift.const_data_ptr<T>();
+  call.affine_stride = shape.channels;
+  call.y = y.mutable_data_ptr<T>();
+  batch_norm_fixed<T>(shape.batch, call, parallel);
+}
+
+// x · scale + shift (masks, channels), in the dtype that sums are made in, of each row's mask.
+Tensor scale_rows(Tensor x, Tensor scale, Tensor shift, Tensor offsets) {
+  const Tensor wide = widened(x), a = widened(scale), b = widened(shift);
+  const Tensor at = offsets.is_contiguous() ? offsets : torch::stable::contiguous(offsets);
+  const NormShape shape(wide, at);
+  for (const Tensor* each : {&a, &b})
+    STD_TORCH_CHECK(sizes(*each) == (Ints{shape.batch.masks, shape.channels}) &&
+                        each->scalar_type() == wide.scalar_type(),
+                    "scale and shift do not fit x: expected (", shape.batch.masks, ", ", shape.channels,
+                    ") in the dtype that sums are made in");
+  Tensor y = empty(wide, sizes(wide));
+  if (y.numel() > 0) {
+    if (wide.scalar_type() == ScalarType::Double)
+      run_batch_norm_fixed<double>(shape, wide, a, b, y);
+    else
+      run_batch_norm_fixed<float>(shape, wide, a, b, y);
+  }
+  return narrowed(y, x.scalar_type());
+}
+
+template <class T>
 void run_batch_norm_grad(const NormShape& shape, const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight,
                          const Tensor& mean, const Tensor& inverse_std, Tensor& dx, Tensor& dw, Tensor& db) {
   const bool own = weight && weight->dim() == 2;
@@ -641,7 +674,7 @@ STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CPU, m) {
 #undef RTL_IMPL
 }
 
-// ---- what is no operator of a backend: what rtl_kernels/info.py tells of this library, and how routes are sorted
+// ---- what is no operator of a backend: what rtl_kernels/info.py tells of this library, how routes are sorted, rows scaled
 
 namespace rtl_kernels {
 namespace {
@@ -659,6 +692,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rtl_kernels, m) {
   m.def("cpu_levels() -> str[]");
   m.def("cpu_cache_bytes() -> int");
   m.def("cpu_cache_limit() -> int");
+  m.def("cpu_scale_rows(Tensor x, Tensor scale, Tensor shift, Tensor offsets) -> Tensor");
   m.def("cpu_group_rows(Tensor index, int num_masks) -> (Tensor, Tensor, Tensor)");
 }
 
@@ -667,5 +701,6 @@ STABLE_TORCH_LIBRARY_IMPL(rtl_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_levels", TORCH_BOX(&rtl_kernels::cpu_levels));
   m.impl("cpu_cache_bytes", TORCH_BOX(&rtl_kernels::cpu_cache_bytes));
   m.impl("cpu_cache_limit", TORCH_BOX(&rtl_kernels::cpu_cache_limit));
+  m.impl("cpu_scale_rows", TORCH_BOX(&rtl_kernels::scale_rows));
   m.impl("cpu_group_rows", TORCH_BOX(&rtl_kernels::group_rows));
 }

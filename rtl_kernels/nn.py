@@ -279,7 +279,7 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
 
     def _forward_rows(self, x: Tensor, route: Route) -> Tensor:
         if self.training or self.running_mean is None or self.running_var is None:
-            torch.ops.rtl_kernels.refuse_dense(route.index, route.offsets, "per-ticket batch norm")
+            _tickets(route)
             y, mean, variance = _batch_norm(x, self.weight, self.bias, route.offsets, self.eps)
             if self.training and self.running_mean is not None:
                 self._track(mean, variance, route.present[1:])
@@ -293,7 +293,11 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         shift = -self.running_mean.to(wide) * scale
         if self.bias is not None:
             shift = shift + self.bias
-        ticket = torch.ops.rtl_kernels.refuse_dense(route.index, route.offsets, "per-ticket batch norm")
+        ticket = _tickets(route)
+        if functional.batch_norm_backend(x) == "cpu" and not _transformed():
+            if _needs_gradient(x, scale, shift):
+                return cast(Tensor, functional.apply(_ScaleRows, x, scale, shift, ticket, route.offsets))
+            return cast(Tensor, torch.ops.rtl_kernels.cpu_scale_rows(x, scale, shift, route.offsets))
         scale, shift = (p.index_select(0, ticket)[:, :, None, None] for p in (scale, shift))
         return torch.addcmul(shift, x.to(wide), scale).to(x.dtype)
 
@@ -323,6 +327,46 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         return f"{super().extra_repr()}, num_masks={self.num_masks}, per_ticket={self.per_ticket}" + (
             ", affine_per_ticket=True" if self.affine_per_ticket else ""
         )
+
+
+def _tickets(route: Route) -> Tensor:
+    """The mask of every row, refused where one has none; on the CPU a route is looked at once."""
+    if torch.compiler.is_compiling() or not route.offsets.is_cpu or not route.all_masked:
+        index: Tensor = torch.ops.rtl_kernels.refuse_dense(route.index, route.offsets, "per-ticket batch norm")
+        route.all_masked = not torch.compiler.is_compiling()
+        return index
+    return route.index
+
+
+def _transformed() -> bool:
+    """Whether torch traces or transforms what runs, so that it has to be of operators with all their rules."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+class _ScaleRows(torch.autograd.Function):
+    """x (rows, C, H, W) · scale + shift (K, C), each row's mask's own."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, shift: Tensor, ticket: Tensor, offsets: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.rtl_kernels.cpu_scale_rows(x, scale, shift, offsets))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, _, ticket, offsets = inputs
+        ctx.save_for_backward(x, scale, ticket, offsets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, ticket, offsets = ctx.saved_tensors
+        dx = dscale = dshift = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.rtl_kernels.cpu_scale_rows(dy, scale, torch.zeros_like(scale), offsets)
+        if ctx.needs_input_grad[1]:
+            dscale = torch.zeros_like(scale).index_add_(0, ticket, (dy.to(scale.dtype) * x).sum((2, 3)))
+        if ctx.needs_input_grad[2]:
+            dshift = torch.zeros_like(scale).index_add_(0, ticket, dy.to(scale.dtype).sum((2, 3)))
+        return dx, dscale, dshift, None, None
 
 
 def _batch_norm(

@@ -35,6 +35,7 @@ class Route:
         self.order = order
         self.offsets = offsets
         self.index = index
+        self.all_masked = False  # or known to have no row without a mask
 
     @classmethod
     def build(cls, index: Tensor | Sequence[int], num_masks: int) -> Route:

@@ -101,6 +101,27 @@ void batch_norm(const Batch& batch, const BatchNorm<T>& call, const Parallel& pa
 }
 
 template <class T>
+void batch_norm_fixed(const Batch& batch, const BatchNorm<T>& call, const Parallel& parallel) {
+  const Channels<T> channels(call.channels, call.pixels);
+  for (int64_t g = 0; g < batch.masks; ++g) {
+    const int64_t start = batch.offsets[g + 1], stop = batch.offsets[g + 2], own = call.affine_stride * g;
+    if (start == stop) continue;
+    channels.pieces(parallel, start, stop, [&](int64_t c, int64_t last, int64_t at, Norm<T> m) {
+      std::vector<T> scale(channels.sums()), shift(channels.sums());
+      for (int64_t i = c; i < last; ++i) {
+        channels.spread(call.weight[own + i], i - c, scale.data());
+        channels.spread(call.bias[own + i], i - c, shift.data());
+      }
+      m.x = call.x + at;
+      m.a = scale.data();
+      m.b = shift.data();
+      m.y = call.y + at;
+      kernels<T>().norm_scale(m);
+    });
+  }
+}
+
+template <class T>
 void batch_norm_grad(const Batch& batch, const BatchNormGrad<T>& call, const Parallel& parallel) {
   const Kernels<T>& k = kernels<T>();
   const Channels<T> channels(call.channels, call.pixels);
@@ -143,7 +164,8 @@ void batch_norm_grad(const Batch& batch, const BatchNormGrad<T>& call, const Par
 }
 
 #define RTL_INSTANTIATE(T)                                                            \
-  template void batch_norm(const Batch&, const BatchNorm<T>&, const Parallel&); \
+  template void batch_norm(const Batch&, const BatchNorm<T>&, const Parallel&);       \
+  template void batch_norm_fixed(const Batch&, const BatchNorm<T>&, const Parallel&); \
   template void batch_norm_grad(const Batch&, const BatchNormGrad<T>&, const Parallel&);
 RTL_INSTANTIATE(float)
 RTL_INSTANTIATE(double)

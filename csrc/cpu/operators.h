@@ -86,6 +86,10 @@ struct BatchNorm {
 template <class T>
 void batch_norm(const Batch& batch, const BatchNorm<T>& call, const Parallel& parallel);
 
+// The same with fixed statistics: y = x · weight + bias, each mask's own.
+template <class T>
+void batch_norm_fixed(const Batch& batch, const BatchNorm<T>& call, const Parallel& parallel);
+
 // dw and db (or null) are added to.
 template <class T>
 struct BatchNormGrad {

@@ -83,7 +83,7 @@ def test_contender_that_needs_too_much_memory_is_skipped(monkeypatch):
 def test_network_contender_is_right_or_says_why_not(batch_norm, training):
     problem = networks.Problem(dataclasses.replace(TINY_NETWORK, batch_norm=batch_norm), 0.5, training)
     runs, skipped = networks.build(problem)
-    assert set(skipped) == ({"loop, cached"} if training else set()) | (
+    assert set(skipped) == ({"loop, cached", "ours, fused"} if training else set()) | (
         {"loop"} if training and batch_norm == "shared" else set()
     )
     for run in runs.values():
@@ -93,7 +93,7 @@ def test_network_contender_is_right_or_says_why_not(batch_norm, training):
 @pytest.mark.parametrize("training", [False, True])
 def test_every_contender_computes_the_network_of_pixels(training):
     runs, skipped = networks.build(networks.Problem(TINY_INR, 0.5, training))
-    assert set(skipped) == ({"loop, cached"} if training else set())
+    assert set(skipped) == {"ours, fused"} | ({"loop, cached"} if training else set())
     for run in runs.values():
         run()
 

@@ -129,6 +129,35 @@ def test_a_group_is_invariant_bitwise(training):
         testing.assert_bitwise(alone.grad, x.grad[own])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(3, 2), (12, 11)], ids=str)
+def test_fixed_statistics_are_a_scale_and_a_shift_with_the_same_bits_with_gradients_and_without(dtype, size):
+    torch.manual_seed(0)
+    layer, dense = pair(dtype, affine_per_ticket=True)
+    layer.eval()
+    with torch.no_grad():
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+        for k, twin in enumerate(dense):
+            twin.eval().running_mean.copy_(layer.running_mean[k])
+            twin.running_var.copy_(layer.running_var[k])
+    x = torch.randn(len(INDEX), C, *size).to(dtype).requires_grad_()
+    twin = x.detach().clone().requires_grad_()
+    route = rk.Route.build(INDEX, K)
+    y, expected = layer(x, route), separate(dense, twin, INDEX)
+    torch.testing.assert_close(y, expected)
+    with torch.no_grad():
+        testing.assert_bitwise(layer(x, route), y)
+    if dtype == torch.bfloat16:
+        return
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    torch.testing.assert_close(x.grad, twin.grad)
+    for ours, theirs in parameter_gradients(layer, dense):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_gradients_agree_with_finite_differences():
     for training in (True, False):
         layer, _ = pair(affine_per_ticket=True)

@@ -273,8 +273,8 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.mul_(1 - momentum).add_(mean[0], alpha=momentum)
-                self.running_var.mul_(1 - momentum).add_(variance[0], alpha=momentum)
+                _average(self.running_mean, mean[0], momentum)
+                _average(self.running_var, variance[0], momentum)
         return y
 
     def _forward_rows(self, x: Tensor, route: Route) -> Tensor:
@@ -290,9 +290,8 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         scale = torch.rsqrt(self.running_var.to(wide) + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
-        shift = -self.running_mean.to(wide) * scale
-        if self.bias is not None:
-            shift = shift + self.bias
+        mean = self.running_mean.to(wide)
+        shift = -mean * scale if self.bias is None else torch.addcmul(self.bias.to(wide), mean, scale, value=-1)
         ticket = _tickets(route)
         if functional.batch_norm_backend(x) == "cpu" and not _transformed():
             if _needs_gradient(x, scale, shift):
@@ -308,13 +307,12 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         with torch.no_grad():
             self.num_batches_tracked += present
-            if self.momentum is None:
-                momentum = 1 / self.num_batches_tracked.clamp(min=1).to(mean.dtype).unsqueeze(1)
-            else:
-                momentum = torch.full_like(mean[:, :1], self.momentum)
-            for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-                updated = momentum * batch + (1 - momentum) * running
-                running.copy_(torch.where(present[:, None], updated, running))
+            weight = present.to(mean.dtype)
+            weight *= (
+                1 / self.num_batches_tracked.clamp(min=1).to(mean.dtype) if self.momentum is None else self.momentum
+            )
+            _average(self.running_mean, mean, weight[:, None])
+            _average(self.running_var, variance, weight[:, None])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
@@ -327,6 +325,14 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         return f"{super().extra_repr()}, num_masks={self.num_masks}, per_ticket={self.per_ticket}" + (
             ", affine_per_ticket=True" if self.affine_per_ticket else ""
         )
+
+
+def _average(running: Tensor, batch: Tensor, weight: Tensor | float) -> None:
+    """running ← (1 − weight) · running + weight · batch, in the batch's dtype."""
+    if running.dtype == batch.dtype:
+        running.lerp_(batch, cast(Any, weight))
+    else:
+        running.copy_(torch.lerp(running.to(batch.dtype), batch, cast(Any, weight)))
 
 
 def _tickets(route: Route) -> Tensor:

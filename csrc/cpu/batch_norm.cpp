@@ -14,9 +14,11 @@ template <class T>
 class Channels {
  public:
   Channels(int64_t channels, int64_t pixels) : channels_(channels), pixels_(pixels), k_(kernels<T>()) {
-    columns_ = pixels <= 4 * k_.lanes;
+    columns_ = side_by_side(pixels);
     each_ = columns_ ? std::max<int64_t>(1, 256 / std::max<int64_t>(1, pixels)) : 1;
   }
+
+  static bool side_by_side(int64_t pixels) { return pixels <= 4 * kernels<T>().lanes; }
 
   // body(first channel, end, Norm of their rows) for every piece of the channels; pieces do not depend on the threads.
   template <class Body>
@@ -102,21 +104,30 @@ void batch_norm(const Batch& batch, const BatchNorm<T>& call, const Parallel& pa
 
 template <class T>
 void batch_norm_fixed(const Batch& batch, const BatchNorm<T>& call, const Parallel& parallel) {
-  const Channels<T> channels(call.channels, call.pixels);
+  const Kernels<T>& k = kernels<T>();
+  const bool columns = Channels<T>::side_by_side(call.pixels);
+  const int64_t row = call.channels * call.pixels;
+  std::vector<T> scale(columns ? row : 0), shift(scale.size());
   for (int64_t g = 0; g < batch.masks; ++g) {
-    const int64_t start = batch.offsets[g + 1], stop = batch.offsets[g + 2], own = call.affine_stride * g;
+    const int64_t start = batch.offsets[g + 1], stop = batch.offsets[g + 2];
     if (start == stop) continue;
-    channels.pieces(parallel, start, stop, [&](int64_t c, int64_t last, int64_t at, Norm<T> m) {
-      std::vector<T> scale(channels.sums()), shift(channels.sums());
-      for (int64_t i = c; i < last; ++i) {
-        channels.spread(call.weight[own + i], i - c, scale.data());
-        channels.spread(call.bias[own + i], i - c, shift.data());
+    const T* weight = call.weight + call.affine_stride * g;
+    const T* bias = call.bias + call.affine_stride * g;
+    for (int64_t i = 0; columns && i < row; ++i) scale[i] = weight[i / call.pixels], shift[i] = bias[i / call.pixels];
+    parallel(stop - start, [&](int64_t begin, int64_t end) {
+      Norm<T> m{};
+      m.row = row;
+      m.columns = columns;
+      m.rows = columns ? end - begin : 1;
+      m.width = columns ? row : call.pixels;
+      for (int64_t at = (start + begin) * row, c = 0; at < (start + end) * row; at += m.rows * m.width) {
+        m.x = call.x + at;
+        m.y = call.y + at;
+        m.a = columns ? scale.data() : weight + c;
+        m.b = columns ? shift.data() : bias + c;
+        k.norm_scale(m);
+        if (++c == call.channels) c = 0;
       }
-      m.x = call.x + at;
-      m.a = scale.data();
-      m.b = shift.data();
-      m.y = call.y + at;
-      kernels<T>().norm_scale(m);
     });
   }
 }

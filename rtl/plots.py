@@ -141,12 +141,14 @@ def semantic_alignment(curve: Curve, found: Alignment) -> Figure:
         axes[4].plot(depth[significant], rho[significant], color=colour, marker="o", markersize=4, linestyle="none")
     axes[4].axhline(0, color="#555555", linewidth=0.8)
     axes[3].set_title("mask similarity over depth", fontsize=9)
-    axes[4].set_title("Spearman's ρ with meaning; filled: p < 0.05", fontsize=9)
+    axes[4].set_title("Spearman's ρ (filled: p < 0.05)", fontsize=9)
     for axis in axes[3:]:
         axis.set_xlabel("prunable layer, from the first")
         axis.grid(alpha=0.25)
-    for axis, title in ((axes[3], "sparsity"), (axes[4], "over all layers")):
-        axis.legend(title=title, fontsize=7, title_fontsize=7)
+    axes[3].legend(title="sparsity", fontsize=7, title_fontsize=7)
+    axes[4].legend(  # below: lines cross all of the panel
+        title="ρ over all layers", fontsize=7, title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2)
+    )
     return figure
 
 

@@ -131,10 +131,7 @@ def test_alignment_shows_meaning_the_first_and_last_layers_masks_and_both_over_d
     found = alignment(masks, meaning)
     figure = plots.semantic_alignment(masks, found)
     titles = ["similarity in meaning", "masks of layer0", "masks of layer2", "mask similarity over depth"]
-    assert [axis.get_title() for axis in figure.axes[:5]] == [
-        *titles,
-        "Spearman's ρ with meaning; filled: p < 0.05",
-    ]
+    assert [axis.get_title() for axis in figure.axes[:5]] == [*titles, "Spearman's ρ (filled: p < 0.05)"]
     overall = [text.get_text() for text in figure.axes[4].get_legend().get_texts()]
     assert len(overall) == len(figure.axes[3].get_legend().get_texts())
     assert overall[-1].endswith(f": {float(found.rho[-1, 0]):+.2f}, p = {float(found.p_value[-1, 0]):.2g}")

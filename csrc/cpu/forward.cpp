@@ -3,6 +3,7 @@
 
 #include "operators.h"
 #include "pack.h"
+#include "program.h"
 #include "structure.h"
 
 namespace rtl_kernels {
@@ -137,7 +138,7 @@ class Runner {
     while (count > done && (count - done >= L || worth_lanes(plan_, count - done, L))) {
       int64_t samples = std::min(wide * L, (count - done) / L * L);
       if (samples < L) samples = L;
-      const int64_t rows = strip_rows(plan_, samples, sizeof(T), 1 << 20, 4);
+      const int64_t rows = lane_rows(plan_, samples, sizeof(T));
       const int64_t here = std::min(samples, count - done);
       strips(s, start + done, here, rows, samples, true);
       done += here;
@@ -152,9 +153,10 @@ class Runner {
 
   void strips(int64_t s, int64_t start, int64_t count, int64_t rows, int64_t samples, bool lanes) {
     const int64_t height = plan_.places[0], pieces = std::max<int64_t>(1, (height + rows - 1) / rows);
-    const int64_t each = std::max<int64_t>(1, (height + pieces - 1) / pieces);
+    int64_t each = std::max<int64_t>(1, (height + pieces - 1) / pieces);
+    if (pieces > 1 && lanes) each = std::min(rows, (each + 1) / 2 * 2);
     for (int64_t h = 0; h < height; h += each)
-      units_.push_back({s, start, count, Path::kStrip, {h, std::min(each, height - h), samples, lanes}});
+      units_.push_back({s, start, count, Path::kStrip, {h, each, samples, lanes}});
   }
 
   // Without a division where there is nothing to divide by: these are taken for every row of every layer.
@@ -515,119 +517,217 @@ class Runner {
       for (int64_t s = 0; s < unit.count; ++s)
         from_[s] = job_.input(unit.start + s) + g0 * plan_.channels * job_.in_;
       const T* x = packer.pack(strip, from_.data(), unit.count);
-      const int64_t line = plan_.plane_width() * strip.unit(), rows = groups * plan_.rows;
-      // In lanes the phases' places lie one phase after the other, and are put in order when they are unpacked.
-      int64_t top = 0, area = 0;
-      T* y = nullptr;
+      const int64_t rows = groups * plan_.rows;
       if (strip.lanes) {
-        const int64_t first = strip.first * plan_.phases[0].step[0] + plan_.phases[0].shift[0];
-        const int64_t bottom = std::min(plan_.out[0], first + strip.height * plan_.phases[0].step[0]);
-        top = std::max<int64_t>(0, first);
-        area = std::max<int64_t>(0, bottom - top) * plan_.out[1];
-        if (area == 0) return;
-        order_places(strip, top, area, rows);
-        y = y_.template take<T>(rows * area * strip.unit());
+        // The places of all phases, put in order when they are unpacked.
+        lay_lanes(unit, segment, rows);
+        T* y = y_.template take<T>(y_size_);
+        for (size_t p = 0; p < plan_.phases.size(); ++p) run_phase(unit, segment, p, g0, groups, x, y);
+        unpack_lanes(unit, y, g0 * plan_.rows, rows);
+        return;
       }
-      int64_t done = 0;  // places of earlier phases
+      for (size_t p = 0; p < plan_.phases.size(); ++p) {
+        const Area area = area_of(strip, plan_.phases[p]);
+        if (area.height <= 0 || area.width <= 0) continue;
+        lay_pixels(unit, segment, p, area, rows);
+        T* y = y_.template take<T>(y_size_);
+        run_phase(unit, segment, p, g0, groups, x, y);
+        unpack_pixels(unit, plan_.phases[p], area, y, g0 * plan_.rows, rows);
+      }
+    }
+
+    // A phase's places in a strip, from row `begin` and the phase's first column on.
+    struct Area {
+      int64_t begin, height, width;
+    };
+
+    Area area_of(const Strip& strip, const Phase& phase) const {
+      const int64_t begin = std::max(strip.first, phase.begin[0]);
+      return {begin, std::min(strip.first + strip.height, phase.end[0]) - begin, phase.end[1] - phase.begin[1]};
+    }
+
+    // Columns that the kernel holds in registers at once: `lines` lines of `vectors` vectors, x_line apart from x on. In y
+    // they follow one another; of all the columns of their phase's area they are number `first` and on, and line_step
+    // further.
+    struct Piece {
+      int64_t x, x_line, lines, vectors, first, line_step, y;
+    };
+
+    void run_phase(const Unit& unit, const Segment& segment, size_t p, int64_t g0, int64_t groups, const T* x, T* y) {
+      const Strip& strip = unit.strip;
+      const Area area = area_of(strip, plan_.phases[p]);
+      if (area.height <= 0 || area.width <= 0) return;
+      x += ((area.begin - strip.first) * plan_.plane_width() + plan_.phases[p].begin[1]) * strip.unit();
+      for (int64_t g = 0; g < groups; ++g) {
+        if (plan_.pointwise())
+          multiply(unit, segment, g0 + g, x, y);
+        else
+          convolve(unit, segment, g0 + g, p, x, y);
+        x += plan_.channels * strip.channel(plan_);
+        y += plan_.rows * y_row_;
+      }
+    }
+
+    void multiply(const Unit& unit, const Segment& segment, int64_t group, const T* x, T* y) {
+      Multiply<T> m{};
+      m.kept = segment.structure->at(plan_, group, 0);
+      m.x = x;
+      m.x_stride = unit.strip.channel(plan_);
+      m.w = job_.weight(segment, group);
+      m.w_stride = plan_.channel_stride();
+      m.w_row = plan_.row_stride();
+      job_.after(segment, group).to(m);
+      m.rows = plan_.rows;
+      m.y = y;
+      m.y_row = y_row_;
+      m.columns = plan_.linear() ? job_.granules(unit.count) : y_row_;
+      m.segments = 1;
+      k_.multiply(m);
+    }
+
+    void convolve(const Unit& unit, const Segment& segment, int64_t group, int64_t phase, const T* x, T* y) {
+      if (last_ != unit.segment) {
+        last_ = unit.segment;
+        programs_.build(plan_, *segment.structure, tables_, job_.weight(segment, 0));
+      }
+      Convolve<T> m{};
+      m.program = programs_.at(group, phase);
+      job_.after(segment, group).to(m);
+      m.rows = plan_.rows;
+      m.y_row = y_row_;
+      for (const Piece& piece : pieces_[phase]) {
+        m.x = x + piece.x;
+        m.x_line = piece.x_line;
+        m.lines = piece.lines;
+        m.vectors = piece.vectors;
+        m.y = y + piece.y;
+        k_.convolve(m);
+      }
+    }
+
+    // `count` columns of vectors, evenly in pieces of at most `most`.
+    void cut_line(int64_t count, int64_t most, Piece piece, std::vector<Piece>& pieces) const {
+      const int64_t number = (count + most - 1) / most, x = piece.x, first = piece.first;
+      for (int64_t i = 0, at = 0; i < number; ++i) {
+        const int64_t end = count * (i + 1) / number;
+        piece.x = x + at * k_.lanes;
+        piece.first = first + at;
+        piece.vectors = end - at;
+        pieces.push_back(piece);
+        at = end;
+      }
+    }
+
+    // One run of columns; of single rows two stretches of it pass for two lines.
+    void cut_run(int64_t count, bool single, std::vector<Piece>& pieces) const {
+      const int64_t pair = k_.pair;
+      int64_t at = 0;
+      for (; single && count - at >= 2 * pair; at += 2 * pair)
+        pieces.push_back({at * k_.lanes, pair * k_.lanes, 2, pair, at, pair, 0});
+      cut_line(count - at, single ? pair : k_.block_columns / k_.lanes, {at * k_.lanes, 0, 1, 0, at, 0, 0}, pieces);
+    }
+
+    // y of a strip of lanes: all `rows` rows of a piece lie together, y_row_ apart, and stay in L1 while the inputs pass
+    // tile by tile. place_ tells where the pixels of the strip's rows lie, of every vector of samples.
+    void lay_lanes(const Unit& unit, const Segment& segment, int64_t rows) {
+      const Strip& strip = unit.strip;
+      const bool single = segment.structure->block_rows == 1;
+      const std::array<int64_t, 5> key = {strip.first, strip.height, strip.samples, single, rows};
+      if (key == lanes_key_) return;
+      lanes_key_ = key;
+      const int64_t L = k_.lanes, each = strip.samples / L, line = plan_.plane_width() * strip.unit();
+      const int64_t above = strip.first * plan_.phases[0].step[0] + plan_.phases[0].shift[0];
+      top_ = std::max<int64_t>(0, above);
+      pixels_ = std::max<int64_t>(0, std::min(plan_.out[0], above + strip.height * plan_.phases[0].step[0]) - top_) * plan_.out[1];
+      pieces_.resize(plan_.phases.size());
+      y_row_ = 0;
+      for (size_t p = 0; p < plan_.phases.size(); ++p) {
+        const Area area = area_of(strip, plan_.phases[p]);
+        std::vector<Piece>& pieces = pieces_[p];
+        pieces.clear();
+        if (area.height <= 0 || area.width <= 0) continue;
+        const int64_t count = area.width * each, most = single ? k_.pair : k_.block_columns / L;
+        int64_t h = 0;
+        if (plan_.pointwise()) {
+          pieces.push_back({0, 0, 1, area.height * count, 0, 0, 0});
+          h = area.height;
+        } else if (count * L == line) {
+          cut_run(area.height * count, single, pieces);
+          h = area.height;
+        }
+        for (; single && h + 2 <= area.height; h += 2)
+          cut_line(count, most, {h * line, line, 2, 0, h * count, count, 0}, pieces);
+        for (; h < area.height; ++h) cut_line(count, most, {h * line, 0, 1, 0, h * count, 0, 0}, pieces);
+        for (const Piece& piece : pieces) y_row_ = std::max(y_row_, piece.lines * piece.vectors * L);
+      }
+      // Planes of which a part of a vector would be left over follow one another, if they are whole.
+      joined_ = pixels_ == job_.out_ && pixels_ % L ? rows : 1;
+      place_.resize(each * joined_ * pixels_);
+      y_size_ = 0;
       for (size_t p = 0; p < plan_.phases.size(); ++p) {
         const Phase& phase = plan_.phases[p];
-        const int64_t begin = std::max(strip.first, phase.begin[0]);
-        const int64_t end = std::min(strip.first + strip.height, phase.end[0]);
-        const int64_t height = end - begin, width = phase.end[1] - phase.begin[1];
-        if (height <= 0 || width <= 0) continue;
-        Multiply<T> m{};
-        m.rows = plan_.rows;
-        m.w_row = plan_.row_stride();
-        if (plan_.pointwise()) {
-          m.x_stride = strip.channel(plan_);
-          m.w_stride = plan_.channel_stride();
-        } else {
-          m.table = tables_[p].data();
+        const Area area = area_of(strip, phase);
+        for (Piece& piece : pieces_[p]) {
+          piece.y = y_size_;
+          y_size_ += rows * y_row_;
+          for (int64_t i = 0; i < piece.lines * piece.vectors; ++i) {
+            const int64_t vector = piece.first + i / piece.vectors * piece.line_step + i % piece.vectors;
+            const int64_t at = vector / each, h = area.begin + at / area.width, w = phase.begin[1] + at % area.width;
+            place_[vector % each * joined_ * pixels_ + (h * phase.step[0] + phase.shift[0] - top_) * plan_.out[1] +
+                   w * phase.step[1] + phase.shift[1]] = piece.y + i * L;
+          }
         }
-        if (strip.lanes) {
-          m.columns = width * strip.unit();
-          m.segments = height;
-          m.x_segment = line;
-          m.y_segment = m.columns;
-          if (m.columns == line) m.columns *= height, m.segments = 1;
-          m.y_row = area * strip.unit();
-          if (plan_.linear()) m.columns = job_.granules(unit.count);
-        } else {
-          m.columns = (unit.count - 1) * strip.sample_plane(plan_) + (height - 1) * plan_.plane_width() + width;
-          m.columns = job_.granules(m.columns);
-          m.segments = 1;
-          m.y_row = m.columns;
-          y = y_.template take<T>(rows * m.y_row);
-        }
-        for (int64_t g = 0; g < groups; ++g) {
-          m.kept = segment.structure->at(plan_, g0 + g, p);
-          m.x = x + g * plan_.channels * strip.channel(plan_) + (begin - strip.first) * line +
-                phase.begin[1] * strip.unit();
-          m.w = job_.weight(segment, g0 + g);
-          job_.after(segment, g0 + g).to(m);
-          m.y = y + g * plan_.rows * m.y_row + done * strip.unit();
-          k_.multiply(m);
-        }
-        if (strip.lanes)
-          done += height * width;
-        else
-          unpack_pixels(unit, phase, begin, height, width, y, m.y_row, g0 * plan_.rows, rows);
       }
-      if (strip.lanes) unpack_lanes(unit, top, area, y, g0 * plan_.rows, rows);
+      for (int64_t v = 0; v < each; ++v) {
+        int64_t* place = place_.data() + v * joined_ * pixels_;
+        for (int64_t e = pixels_; e < joined_ * pixels_; ++e) place[e] = place[e - pixels_] + y_row_;
+      }
     }
 
-    // Where, in lanes, the pixels of `area` from row `top` on lie; where those are whole planes, of `rows` of them.
-    void order_places(const Strip& strip, int64_t top, int64_t area, int64_t rows) {
-      const std::array<int64_t, 4> key = {strip.first, strip.samples, area, area == job_.out_ ? rows : 1};
-      if (key == place_key_) return;
-      place_key_ = key;
-      place_.resize(area * key[3]);
-      int64_t done = 0;
-      for (const Phase& phase : plan_.phases) {
-        const int64_t begin = std::max(strip.first, phase.begin[0]);
-        const int64_t end = std::min(strip.first + strip.height, phase.end[0]);
-        for (int64_t h = begin; h < end; ++h)
-          for (int64_t w = phase.begin[1]; w < phase.end[1]; ++w)
-            place_[(h * phase.step[0] + phase.shift[0] - top) * plan_.out[1] + w * phase.step[1] + phase.shift[1]] =
-                done++ * strip.samples;
-      }
-      for (int64_t e = area; e < int64_t(place_.size()); ++e) place_[e] = place_[e - area] + area * strip.samples;
-    }
-
-    void unpack_lanes(const Unit& unit, int64_t top, int64_t area, const T* y, int64_t row, int64_t rows) {
-      const bool whole = area == job_.out_;
-      const int64_t run = int64_t(place_.size());
-      const bool stream = job_.stream_ && whole && run % k_.lanes == 0;
+    void unpack_lanes(const Unit& unit, T* y, int64_t row, int64_t rows) {
+      const int64_t L = k_.lanes, first = row * job_.out_ + top_ * plan_.out[1];
       T* to[64];
-      for (int64_t lane = 0; lane < unit.count; lane += k_.lanes) {
-        const int64_t here = std::min<int64_t>(k_.lanes, unit.count - lane);
-        for (int64_t r = 0; r < (whole ? 1 : rows); ++r) {
-          for (int64_t s = 0; s < here; ++s)
-            to[s] = job_.output(unit.start + lane + s) + (row + r) * job_.out_ + top * plan_.out[1];
-          k_.from_lanes({to, here, run, const_cast<T*>(y) + r * area * unit.strip.samples + lane, place_.data(), stream});
-        }
+      for (int64_t lane = 0; lane < unit.count; lane += L) {
+        const int64_t here = std::min<int64_t>(L, unit.count - lane);
+        for (int64_t s = 0; s < here; ++s) to[s] = job_.output(unit.start + lane + s) + first;
+        Lanes<T> m{to, here, joined_ * pixels_, y, place_.data() + lane / L * joined_ * pixels_};
+        m.stream = job_.stream_ && first % L == 0 && m.length % L == 0 && job_.out_ % L == 0;
+        m.planes = rows / joined_;
+        m.row_step = job_.out_;
+        m.lanes_step = y_row_;
+        k_.from_lanes(m);
       }
     }
 
-    void unpack_pixels(const Unit& unit, const Phase& phase, int64_t begin, int64_t height, int64_t width, const T* y,
-                       int64_t y_row, int64_t row, int64_t rows) {
+    // y of pixels: one run over the planes of all samples, with what lies between their rows.
+    void lay_pixels(const Unit& unit, const Segment& segment, size_t p, const Area& area, int64_t rows) {
+      const int64_t columns =
+          (unit.count - 1) * unit.strip.sample_plane(plan_) + (area.height - 1) * plan_.plane_width() + area.width;
+      pieces_.resize(plan_.phases.size());
+      pieces_[p].clear();
+      lanes_key_[0] = -1;
+      y_row_ = plan_.pointwise() ? job_.granules(columns) : (columns + k_.lanes - 1) / k_.lanes * k_.lanes;
+      y_size_ = rows * y_row_;
+      if (plan_.pointwise()) return;
+      cut_run(y_row_ / k_.lanes, segment.structure->block_rows == 1, pieces_[p]);
+      for (Piece& piece : pieces_[p]) piece.y = piece.first * k_.lanes;
+    }
+
+    void unpack_pixels(const Unit& unit, const Phase& phase, const Area& area, const T* y, int64_t row, int64_t rows) {
       for (int64_t s = 0; s < unit.count; ++s) {
         if (plan_.pointwise()) {
-          k_.copy({y + s * width, y_row, 1, job_.output(unit.start + s) + row * width, width, 1, rows, width});
+          k_.copy({y + s * area.width, y_row_, 1, job_.output(unit.start + s) + row * area.width, area.width, 1, rows,
+                   area.width});
           continue;
         }
+        // Places (height, width) of every plane to their pixels.
+        const int64_t first = (area.begin * phase.step[0] + phase.shift[0]) * plan_.out[1] +
+                              phase.begin[1] * phase.step[1] + phase.shift[1];
         for (int64_t r = 0; r < rows; ++r)
-          spread(y + r * y_row + s * unit.strip.sample_plane(plan_), plan_.plane_width(), phase, begin, height, width,
-                 job_.output(unit.start + s) + (row + r) * job_.out_);
+          k_.copy({y + r * y_row_ + s * unit.strip.sample_plane(plan_), plan_.plane_width(), 1,
+                   job_.output(unit.start + s) + (row + r) * job_.out_ + first, phase.step[0] * plan_.out[1],
+                   phase.step[1], area.height, area.width});
       }
-    }
-
-    // Places (height, width) of one plane, `line` apart, to their pixels.
-    void spread(const T* from, int64_t line, const Phase& phase, int64_t begin, int64_t height, int64_t width,
-                T* plane) const {
-      T* to = plane + (begin * phase.step[0] + phase.shift[0]) * plan_.out[1] + phase.begin[1] * phase.step[1] +
-              phase.shift[1];
-      k_.copy({from, line, 1, to, phase.step[0] * plan_.out[1], phase.step[1], height, width});
     }
 
     const Runner& job_;
@@ -640,9 +740,13 @@ class Runner {
     Strip strip_;
     std::vector<std::vector<Offset>> tables_;
     std::vector<const T*> from_;
-    std::vector<int64_t> place_;
-    std::array<int64_t, 4> place_key_ = {-1, -1, -1, -1};
+    Programs<T> programs_;  // of the last segment's mask, as are the kept taps
     int64_t last_ = -1;
+    // How y is laid out: the pieces of every phase, and where what is unpacked lies.
+    std::array<int64_t, 5> lanes_key_ = {-1, -1, -1, -1, -1};
+    std::vector<std::vector<Piece>> pieces_;
+    std::vector<int64_t> place_;
+    int64_t y_row_ = 0, y_size_ = 0, top_ = 0, pixels_ = 0, joined_ = 1;
     std::vector<int64_t> taps_, at_;
     std::vector<T> values_;
   };

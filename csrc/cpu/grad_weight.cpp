@@ -25,7 +25,7 @@ class Gradient {
       if (stop == start) continue;
       words_ = g ? masks_.words + (g - 1) * masks_.mask_words : nullptr;
       dw_ = call_.dw + std::max<int64_t>(0, g - 1) * call_.weight_stride;
-      structure_ = structure_of(plan_, words_, masks_.row_words);
+      structure_ = structure_of(plan_, words_, masks_.row_words, Kind::kBlocks);
       segment(start, stop);
     }
   }
@@ -47,10 +47,12 @@ class Gradient {
     const int64_t L = k_.lanes, count = stop - start;
     const int64_t height = plan_.places[0];
     const int64_t plane = plan_.plane_width() * (height + plan_.reach[0]);
+    // Dot products of 4 KiB at least: the lanes of each have to be added up.
+    const int64_t rows = std::max(lane_rows(plan_, L, sizeof(T)), kRun / int64_t(sizeof(T)) / std::max<int64_t>(1, plan_.out[1] * L));
     int64_t done = 0;
     while (count > done && (count - done >= L || worth_lanes(plan_, count - done, L))) {
       const int64_t here = std::min(L, count - done);
-      strips(start + done, here, strip_rows(plan_, L, sizeof(T), 1 << 20, 4), L, true);
+      strips(start + done, here, rows, L, true);
       done += here;
     }
     if (done < count) {
@@ -66,7 +68,7 @@ class Gradient {
     const int64_t height = plan_.places[0], pieces = std::max<int64_t>(1, (height + rows - 1) / rows);
     const int64_t each = std::max<int64_t>(1, (height + pieces - 1) / pieces);
     for (int64_t h = 0; h < height; h += each)
-      piece(start, count, {h, std::min(each, height - h), samples, lanes});
+      piece(start, count, {h, each, samples, lanes});
   }
 
   void piece(int64_t start, int64_t count, const Strip& strip) {
@@ -77,7 +79,8 @@ class Gradient {
 
   void groups(int64_t start, int64_t count, const Strip& strip, int64_t g0, int64_t groups) {
     const Phase& phase = plan_.phases[0];
-    const int64_t L = k_.lanes, height = strip.height, width = plan_.out[1], unit = strip.unit();
+    const int64_t L = k_.lanes, width = plan_.out[1], unit = strip.unit();
+    const int64_t height = std::min(strip.height, plan_.places[0] - strip.first);
     if (width == 0) return;
     auto& packer = packers_[groups == groups_together(plan_, sizeof(T)) ? 0 : 1];
     if (!packer) packer = std::make_unique<Packer<T>>(plan_, groups * plan_.channels);
@@ -103,7 +106,7 @@ class Gradient {
     const T* x = nullptr;
     parallel_(2, [&](int64_t begin, int64_t end) {
       if (begin == 0) x = packer->pack(strip, x_rows_.data(), count);
-      if (end == 2) pack_dy(start, count, strip, g0, groups, dy, dy_row, dy_line);
+      if (end == 2) pack_dy(start, count, strip, height, g0, groups, dy, dy_row, dy_line);
     });
     const int64_t blocks = (plan_.rows + structure_->block_rows - 1) / structure_->block_rows;
     parallel_(groups * blocks, [&](int64_t begin, int64_t end) {
@@ -112,7 +115,7 @@ class Gradient {
       const bool joined = strip.lanes && dy_line == line;
       const int64_t total = strip.lanes ? (joined ? height * dy_line : dy_line) : dy_row;
       const int64_t lines = strip.lanes && !joined ? height : 1;
-      const int64_t most = std::max<int64_t>(L, 4096 / int64_t(sizeof(T)));
+      const int64_t most = std::max<int64_t>(L, kRun / int64_t(sizeof(T)));
       const int64_t lines_each = std::max<int64_t>(1, most / std::max<int64_t>(1, run));
       for (int64_t l = 0; l < lines; l += lines_each) {
         for (int64_t c = 0; c < total; c += most) {
@@ -141,9 +144,9 @@ class Gradient {
     });
   }
 
-  void pack_dy(int64_t start, int64_t count, const Strip& strip, int64_t g0, int64_t groups, T* dy, int64_t dy_row,
-               int64_t dy_line) {
-    const int64_t rows = groups * plan_.rows, width = plan_.out[1], area = strip.height * width;
+  void pack_dy(int64_t start, int64_t count, const Strip& strip, int64_t height, int64_t g0, int64_t groups, T* dy,
+               int64_t dy_row, int64_t dy_line) {
+    const int64_t rows = groups * plan_.rows, width = plan_.out[1], area = height * width;
     if (strip.lanes) {
       const bool whole = area == out_;
       const int64_t run = whole ? rows * area : area;
@@ -163,10 +166,12 @@ class Gradient {
     std::memset(dy, 0, rows * dy_row * sizeof(T));
     for (int64_t s = 0; s < count; ++s)
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t h = 0; h < strip.height; ++h)
+        for (int64_t h = 0; h < height; ++h)
           std::memcpy(dy + r * dy_row + s * strip.sample_plane(plan_) + h * dy_line,
                       output(start + s) + (g0 * plan_.rows + r) * out_ + (strip.first + h) * width, width * sizeof(T));
   }
+
+  static constexpr int64_t kRun = 4096;  // bytes
 
   const Plan& plan_;
   const Batch& batch_;

@@ -12,7 +12,7 @@ namespace rtl_kernels {
 // keeps few inputs its blocks are of one row: 15 buckets of one or two inputs each would cost more to enter than to do.
 constexpr int kBlockRows = 4;
 
-// Where one kept (channel, tap) lies: x from the column's address, w from the row's first weight; in elements.
+// Where one (channel, tap) lies: x from the column's address, w from the row's first weight; in elements.
 struct Offset {
   int64_t x;
   int64_t w;
@@ -36,9 +36,8 @@ template <class T>
 struct Multiply {
   Kept kept;
   const T* x;           // first column of the first input
-  int64_t x_stride;     // input j lies at x + j · x_stride and its weight at j · w_stride, unless `table` says where
+  int64_t x_stride;     // input j lies at x + j · x_stride and its weight at j · w_stride
   int64_t w_stride;
-  const Offset* table;  // of every input, or null
   const T* w;
   int64_t w_row;        // elements between the weights of one row and the next
   const T* scale;       // of every row, or null: 1
@@ -56,6 +55,34 @@ struct Multiply {
   // line `ahead_from` to `ahead_to`, counted row by row.
   const T* ahead;
   int64_t ahead_row, ahead_lines, ahead_from, ahead_to;
+};
+
+// A mask and the weights it keeps, for one layout of x, in the order the kernel reads them: for every tile and block of
+// rows, and every pattern from 1 on, its inputs ascending, each as its distance from the column's address (an int64_t, in
+// elements) and the weights of the rows that keep it.
+template <class T>
+struct Program {
+  const uint32_t* counts;  // (tiles, blocks, 15 or 1): inputs of pattern p at [p - 1]
+  const T* entries;
+  int64_t tiles;
+  int64_t block_rows;      // 4 or 1
+};
+
+// y[r][c] = act(s[r] · Σ_{kept (r, j)} w[r, j] · x[at(j) + c] + b[r]), on `lines` lines of `vectors` whole vectors of
+// columns, x_line apart; y's follow one another.
+template <class T>
+struct Convolve {
+  Program<T> program;
+  const T* x;
+  int64_t x_line;
+  int64_t lines;        // 1; 2 only of single rows
+  int64_t vectors;      // at most `vectors` of Kernels, `pair` of single rows
+  const T* scale;       // of every row, or null: 1
+  const T* bias;        // of every row, or null: 0
+  bool relu;
+  int64_t rows;
+  T* y;
+  int64_t y_row;
 };
 
 // g[r, j] += Σ_c dy[r][c] · x[j][c] over kept (r, j).
@@ -142,7 +169,8 @@ struct Few {
 };
 
 // Samples as lanes: `count` <= lanes rows of `length` elements <-> one vector of lanes for every element, at
-// `place[e]` elements from `lanes_at` (lanes past `count` are written as zeros, and not read).
+// `place[e]` elements from `lanes_at` (lanes past `count` are written as zeros, and not read). `planes` times, the rows
+// `row_step` further and the lanes `lanes_step` each time.
 template <class T>
 struct Lanes {
   T* const* rows;
@@ -151,6 +179,9 @@ struct Lanes {
   T* lanes_at;
   const int64_t* place;
   bool stream = false;  // rows written go past the caches: they are aligned to whole vectors
+  int64_t planes = 1;
+  int64_t row_step = 0;
+  int64_t lanes_step = 0;
 };
 
 // to[r][w · to_step] = from[r][w · from_step] for `rows` rows of `width` elements, the rows to_row and from_row apart.
@@ -223,8 +254,10 @@ struct Kernels {
   int lanes;
   int granule;        // of Multiply's columns: the lanes, or half of them
   int block_columns;  // columns held in registers at once
+  int pair;           // vectors of columns of a single row held at once, on each of two lines
   int outer_rows, outer_columns;
   void (*multiply)(const Multiply<T>&);
+  void (*convolve)(const Convolve<T>&);
   void (*correlate)(const Correlate<T>&);
   void (*outer)(const Outer<T>&);
   void (*lay_out)(const LayOut<T>&);

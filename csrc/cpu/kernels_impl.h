@@ -44,6 +44,18 @@ RTL_INLINE void stream(T* p, typename Vector<T>::type v) {
 RTL_INLINE void fence() {}
 #endif
 
+// A vector that several instructions use, kept in a register: GCC would load it anew for each of them, and loads are what
+// the kernels wait for.
+template <class V>
+RTL_INLINE V held(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class T>
 RTL_INLINE typename Vector<T>::type splat(T value) {
   return value - typename Vector<T>::type{};
@@ -122,14 +134,14 @@ struct Sums {
 
 // Inputs of one pattern. With few columns a row's sum would wait for the 4 cycles of each multiply-add, so U independent
 // sums take turns; they are added in a fixed order at the end.
-template <class T, int R, int V, int H, int U, int P, bool Table>
-RTL_INLINE void bucket(Sums<T, R, V, H> (&sum)[U], const Multiply<T>& m, const Offset* table, const T* x, const T* w,
+template <class T, int R, int V, int H, int U, int P>
+RTL_INLINE void bucket(Sums<T, R, V, H> (&sum)[U], const Multiply<T>& m, const T* x, const T* w,
                        const uint16_t*& index, uint32_t count) {
   constexpr int L = Vector<T>::lanes;
   const int64_t row = m.w_row;
   auto one = [&](uint32_t j, Sums<T, R, V, H>& to) __attribute__((always_inline)) {
-    const T* xj = x + (Table ? table[j].x : int64_t(j) * m.x_stride);
-    const T* wj = w + (Table ? table[j].w : int64_t(j) * m.w_stride);
+    const T* xj = x + int64_t(j) * m.x_stride;
+    const T* wj = w + int64_t(j) * m.w_stride;
     typename Vector<T>::type column[V ? V : 1];
     typename Half<T>::type rest{};
 #pragma GCC unroll 16
@@ -155,17 +167,16 @@ RTL_INLINE void bucket(Sums<T, R, V, H> (&sum)[U], const Multiply<T>& m, const O
   for (; index != end; ++index) one(*index, sum[0]);
 }
 
-template <class T, int R, int V, int H, int U, bool Table>
+template <class T, int R, int V, int H, int U>
 __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t tile, const T* x, T* y) {
   constexpr int L = Vector<T>::lanes;
   const int64_t start = tile * m.kept.tile_inputs;
-  const Offset* table = m.table + (Table ? start : 0);
-  if (!Table) x += start * m.x_stride;
+  x += start * m.x_stride;
   const bool last = tile + 1 == m.kept.tiles, affine = last && (m.scale || m.bias), act = last && m.relu;
   for (int64_t r0 = 0; r0 < m.rows; r0 += R) {
     const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / R) * 16;
     const uint16_t* index = m.kept.index + counts[0];
-    const T* w = m.w + r0 * m.w_row + (Table ? 0 : start * m.w_stride);
+    const T* w = m.w + r0 * m.w_row + start * m.w_stride;
     if (m.ahead) {
       const int64_t blocks = (m.rows + R - 1) / R, lines = m.ahead_to - m.ahead_from, block = r0 / R;
       int64_t line = m.ahead_from + lines * block / blocks;
@@ -185,22 +196,22 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
         for (int v = 0; v < V; ++v) sum[u].full[r][v] = typename Vector<T>::type{};
         if (H) sum[u].half[r] = typename Half<T>::type{};
       }
-    bucket<T, R, V, H, U, 1, Table>(sum, m, table, x, w, index, counts[1]);
+    bucket<T, R, V, H, U, 1>(sum, m, x, w, index, counts[1]);
     if constexpr (R > 1) {
-      bucket<T, R, V, H, U, 2, Table>(sum, m, table, x, w, index, counts[2]);
-      bucket<T, R, V, H, U, 3, Table>(sum, m, table, x, w, index, counts[3]);
-      bucket<T, R, V, H, U, 4, Table>(sum, m, table, x, w, index, counts[4]);
-      bucket<T, R, V, H, U, 5, Table>(sum, m, table, x, w, index, counts[5]);
-      bucket<T, R, V, H, U, 6, Table>(sum, m, table, x, w, index, counts[6]);
-      bucket<T, R, V, H, U, 7, Table>(sum, m, table, x, w, index, counts[7]);
-      bucket<T, R, V, H, U, 8, Table>(sum, m, table, x, w, index, counts[8]);
-      bucket<T, R, V, H, U, 9, Table>(sum, m, table, x, w, index, counts[9]);
-      bucket<T, R, V, H, U, 10, Table>(sum, m, table, x, w, index, counts[10]);
-      bucket<T, R, V, H, U, 11, Table>(sum, m, table, x, w, index, counts[11]);
-      bucket<T, R, V, H, U, 12, Table>(sum, m, table, x, w, index, counts[12]);
-      bucket<T, R, V, H, U, 13, Table>(sum, m, table, x, w, index, counts[13]);
-      bucket<T, R, V, H, U, 14, Table>(sum, m, table, x, w, index, counts[14]);
-      bucket<T, R, V, H, U, 15, Table>(sum, m, table, x, w, index, counts[15]);
+      bucket<T, R, V, H, U, 2>(sum, m, x, w, index, counts[2]);
+      bucket<T, R, V, H, U, 3>(sum, m, x, w, index, counts[3]);
+      bucket<T, R, V, H, U, 4>(sum, m, x, w, index, counts[4]);
+      bucket<T, R, V, H, U, 5>(sum, m, x, w, index, counts[5]);
+      bucket<T, R, V, H, U, 6>(sum, m, x, w, index, counts[6]);
+      bucket<T, R, V, H, U, 7>(sum, m, x, w, index, counts[7]);
+      bucket<T, R, V, H, U, 8>(sum, m, x, w, index, counts[8]);
+      bucket<T, R, V, H, U, 9>(sum, m, x, w, index, counts[9]);
+      bucket<T, R, V, H, U, 10>(sum, m, x, w, index, counts[10]);
+      bucket<T, R, V, H, U, 11>(sum, m, x, w, index, counts[11]);
+      bucket<T, R, V, H, U, 12>(sum, m, x, w, index, counts[12]);
+      bucket<T, R, V, H, U, 13>(sum, m, x, w, index, counts[13]);
+      bucket<T, R, V, H, U, 14>(sum, m, x, w, index, counts[14]);
+      bucket<T, R, V, H, U, 15>(sum, m, x, w, index, counts[15]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -243,10 +254,10 @@ constexpr int kVectors = 2;  // 8 sums, 2 inputs and a weight of 16 registers; 3
 #endif
 
 // Columns [0, take) of one segment, all tiles; `take` is what multiply_segment cuts.
-template <class T, int R, bool Table>
+template <class T, int R>
 void multiply_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
   constexpr int L = Vector<T>::lanes, kGranule = kHalves ? L / 2 : L;
-#define RTL_COLUMNS(V, H, U) multiply_columns<T, R, V, H, U, Table>(m, t, x, y)
+#define RTL_COLUMNS(V, H, U) multiply_columns<T, R, V, H, U>(m, t, x, y)
   for (int64_t t = m.kept.first_tile; t < m.kept.tiles; ++t) {
     switch (take / kGranule) {
 #if RTL_VECTOR_BYTES == 64
@@ -279,7 +290,7 @@ void multiply_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
 #undef RTL_COLUMNS
 }
 
-template <class T, bool Table>
+template <class T>
 void multiply_segment(const Multiply<T>& m, const T* x, T* y) {
   constexpr int L = Vector<T>::lanes;
   const bool single = m.kept.block_rows == 1;
@@ -290,9 +301,9 @@ void multiply_segment(const Multiply<T>& m, const T* x, T* y) {
     int64_t take = left <= kVectors * L ? left : kVectors == 6 && left <= 8 * L ? 4 * L : kVectors * L;
     if (single && RTL_VECTOR_BYTES == 64 && left >= 16 * L) take = 16 * L;
     if (single)
-      multiply_cut<T, 1, Table>(m, take, x + c, y + c);
+      multiply_cut<T, 1>(m, take, x + c, y + c);
     else
-      multiply_cut<T, kBlockRows, Table>(m, take, x + c, y + c);
+      multiply_cut<T, kBlockRows>(m, take, x + c, y + c);
     c += take;
   }
 }
@@ -300,12 +311,7 @@ void multiply_segment(const Multiply<T>& m, const T* x, T* y) {
 template <class T>
 void multiply(const Multiply<T>& m) {
   for (int64_t s = 0; s < m.segments; ++s) {
-    const T* x = m.x + s * m.x_segment;
-    T* y = m.y + s * m.y_segment;
-    if (m.table)
-      multiply_segment<T, true>(m, x, y);
-    else
-      multiply_segment<T, false>(m, x, y);
+    multiply_segment<T>(m, m.x + s * m.x_segment, m.y + s * m.y_segment);
   }
 }
 
@@ -480,7 +486,7 @@ RTL_INLINE void block_dots(const Correlate<T>& m, int64_t start, const T* dy, T*
         if (P >> r & 1) row[n++] = load(d + r * m.dy_row + c);
 #pragma GCC unroll 16
       for (int q = 0; q < Q; ++q) {
-        const V column = load(x[q] + s * m.x_segment + c);
+        const V column = R > 1 ? held(load(x[q] + s * m.x_segment + c)) : load(x[q] + s * m.x_segment + c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sum[q * R + r] += row[r] * column;
       }
@@ -831,60 +837,83 @@ void few(const Few<T>& m) {
 // ---- samples as lanes
 
 template <class T>
-void to_lanes(const Lanes<T>& m) {
+RTL_INLINE void to_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, T* lanes_at) {
   constexpr int L = Vector<T>::lanes;
   typedef typename Vector<T>::type V;
-  int64_t e = 0;
-  for (; e + L <= m.length; e += L) {
-    V v[L];
-    if (m.count == L) {
+  V v[L];
+  if (m.count == L) {
 #pragma GCC unroll 16
-      for (int s = 0; s < L; ++s) v[s] = load(m.rows[s] + e);
-    } else {
-      V some[L];
-      for (int s = 0; s < m.count; ++s) some[s] = load(m.rows[s] + e);
-      for (int s = m.count; s < L; ++s) some[s] = V{};
+    for (int s = 0; s < L; ++s) v[s] = load(m.rows[s] + row + e);
+  } else {
+    V some[L];
+    for (int s = 0; s < m.count; ++s) some[s] = load(m.rows[s] + row + e);
+    for (int s = m.count; s < L; ++s) some[s] = V{};
 #pragma GCC unroll 16
-      for (int s = 0; s < L; ++s) v[s] = some[s];
-    }
-    transpose<T>(v);
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) store(m.lanes_at + m.place[e + i], v[i]);
+    for (int s = 0; s < L; ++s) v[s] = some[s];
   }
-  for (; e < m.length; ++e) {
-    T part[L];
-    for (int s = 0; s < L; ++s) part[s] = s < m.count ? m.rows[s][e] : T(0);
-    store(m.lanes_at + m.place[e], load(part));
+  transpose<T>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store(lanes_at + m.place[e + i], v[i]);
+}
+
+template <class T>
+void to_lanes(const Lanes<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  for (int64_t plane = 0; plane < m.planes; ++plane) {
+    const int64_t row = plane * m.row_step;
+    T* lanes_at = m.lanes_at + plane * m.lanes_step;
+    if (m.length >= L) {
+      // What is left over is taken with what comes before it, again.
+      for (int64_t e = 0; e + L <= m.length; e += L) to_lanes_at(m, row, e, lanes_at);
+      if (m.length % L) to_lanes_at(m, row, m.length - L, lanes_at);
+      continue;
+    }
+    for (int64_t e = 0; e < m.length; ++e) {
+      T part[L];
+      for (int s = 0; s < L; ++s) part[s] = s < m.count ? m.rows[s][row + e] : T(0);
+      store(lanes_at + m.place[e], load(part));
+    }
+  }
+}
+
+template <class T>
+RTL_INLINE void from_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const T* lanes_at) {
+  constexpr int L = Vector<T>::lanes;
+  typedef typename Vector<T>::type V;
+  V v[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = load(lanes_at + m.place[e + i]);
+  transpose<T>(v);
+  if (m.count == L && m.stream) {
+#pragma GCC unroll 16
+    for (int s = 0; s < L; ++s) stream(m.rows[s] + row + e, v[s]);
+  } else if (m.count == L) {
+#pragma GCC unroll 16
+    for (int s = 0; s < L; ++s) store(m.rows[s] + row + e, v[s]);
+  } else {
+    V some[L];
+#pragma GCC unroll 16
+    for (int s = 0; s < L; ++s) some[s] = v[s];
+    for (int s = 0; s < m.count; ++s) store(m.rows[s] + row + e, some[s]);
   }
 }
 
 template <class T>
 void from_lanes(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
-  typedef typename Vector<T>::type V;
-  int64_t e = 0;
-  for (; e + L <= m.length; e += L) {
-    V v[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) v[i] = load(m.lanes_at + m.place[e + i]);
-    transpose<T>(v);
-    if (m.count == L && m.stream) {
-#pragma GCC unroll 16
-      for (int s = 0; s < L; ++s) stream(m.rows[s] + e, v[s]);
-    } else if (m.count == L) {
-#pragma GCC unroll 16
-      for (int s = 0; s < L; ++s) store(m.rows[s] + e, v[s]);
-    } else {
-      V some[L];
-#pragma GCC unroll 16
-      for (int s = 0; s < L; ++s) some[s] = v[s];
-      for (int s = 0; s < m.count; ++s) store(m.rows[s] + e, some[s]);
+  for (int64_t plane = 0; plane < m.planes; ++plane) {
+    const int64_t row = plane * m.row_step;
+    const T* lanes_at = m.lanes_at + plane * m.lanes_step;
+    if (m.length >= L) {
+      for (int64_t e = 0; e + L <= m.length; e += L) from_lanes_at(m, row, e, lanes_at);
+      if (m.length % L) from_lanes_at(m, row, m.length - L, lanes_at);
+      continue;
     }
-  }
-  for (; e < m.length; ++e) {
-    T part[L];
-    store(part, load(m.lanes_at + m.place[e]));
-    for (int s = 0; s < m.count; ++s) m.rows[s][e] = part[s];
+    for (int64_t e = 0; e < m.length; ++e) {
+      T part[L];
+      store(part, load(lanes_at + m.place[e]));
+      for (int s = 0; s < m.count; ++s) m.rows[s][row + e] = part[s];
+    }
   }
 }
 
@@ -1022,6 +1051,7 @@ void add(const Add<T>& m) {
 }  // namespace RTL_LEVEL
 }  // namespace rtl_kernels
 
+#include "convolve_impl.h"
 #include "norm_impl.h"
 
 namespace rtl_kernels {
@@ -1029,9 +1059,9 @@ namespace RTL_LEVEL {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes,
+  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes, kPair,
           kOuterRows, kOuterVectors * Vector<T>::lanes,
-          multiply<T>,      correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>,
+          multiply<T>, convolve<T>, correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>,
           norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 

@@ -74,7 +74,7 @@ class Scratch {
   Block block_;
 };
 
-// Output places [first, first + height) of the plan's rows, for `samples` samples. In memory x is
+// Output places [first, first + height) of the plan's rows, as far as there are any, for `samples` samples. In memory x is
 //   lanes:  (channel, plane, row, column, sample)          samples rounded up to whole vectors
 //   pixels: (channel, plane, sample, row, column)
 // and every tap lies at a fixed distance from its place in both.
@@ -95,8 +95,8 @@ struct Strip {
   int64_t plane(const Plan& plan) const { return sample_plane(plan) * samples; }
   int64_t channel(const Plan& plan) const { return plane(plan) * plan.planes(); }
   int64_t size(const Plan& plan, int64_t channels) const {
-    // Behind the planes: a place for pixels no output reads, and what whole vectors read past the last place.
-    return channels * channel(plan) + unit() + 64;
+    // Behind the planes: what whole vectors read past the last place.
+    return channels * channel(plan) + 64;
   }
 };
 
@@ -112,11 +112,22 @@ inline std::vector<Offset> offsets_of(const Plan& plan, const Phase& phase, cons
   return table;
 }
 
+constexpr int64_t kStripBytes = int64_t(768) << 10;
+
 // How many groups of channels are packed and computed together: with few channels a group, one transpose serves many.
 inline int64_t groups_together(const Plan& plan, int64_t element_bytes) {
   const int64_t channels = std::max<int64_t>(1, plan.channels);
   const int64_t bytes = channels * plan.planes() * (plan.places[0] + plan.reach[0]) * plan.plane_width() * 16 * element_bytes;
   return std::max<int64_t>(1, std::min({plan.groups, 256 / channels, (int64_t(1) << 17) / std::max<int64_t>(1, bytes)}));
+}
+
+// Rows of output places a strip of lanes takes, so that what it reads and writes stays in L2: pairs of them (kernels.h,
+// Convolve), and few enough rows shared with the next strip, which are moved.
+inline int64_t lane_rows(const Plan& plan, int64_t samples, int64_t element_bytes) {
+  const int64_t in = plan.channels * plan.planes() * plan.plane_width(), out = plan.rows * plan.places[1];
+  const int64_t room = kStripBytes / (samples * element_bytes) - in * plan.reach[0];
+  const int64_t rows = room / std::max<int64_t>(1, in + out) / 2 * 2;
+  return std::max((plan.reach[0] + 1) / 2 * 2, std::max<int64_t>(2, rows));
 }
 
 // Rows of output places a strip takes, so that what it reads and writes stays in L2; at least `least`.
@@ -133,109 +144,116 @@ inline bool worth_lanes(const Plan& plan, int64_t count, int64_t lanes) {
   return count * plane >= 0.625 * lanes * places;
 }
 
-// Packs samples of x into strips. Zeros are laid once for each kind of strip; pixels then always fall on the same places.
+// Packs samples of x into strips. Zeros beside the rows are laid once for each kind of strip: pixels always fall on the
+// same places. A strip that follows on from the one before, of the same samples, keeps the rows they share.
 template <class T>
 class Packer {
  public:
-  Packer(const Plan& plan, int64_t channels) : plan_(plan), channels_(channels) {}
+  Packer(const Plan& plan, int64_t channels) : plan_(plan), channels_(channels), k_(kernels<T>()) {}
 
   // rows[s] points at the first of `channels` planes of sample s.
   T* pack(const Strip& strip, const T* const* rows, int64_t count) {
-    prepare(strip);
+    const int64_t first = std::min(strip.first, plan_.places[0]);
+    const int64_t bottom = std::min(strip.height, plan_.places[0] - first) + plan_.reach[0];
+    int64_t top = 0;
+    if (!ready_ || !strip.like(strip_)) {
+      lay(strip);
+    } else if (int64_t(rows_.size()) == count && std::equal(rows, rows + count, rows_.begin())) {
+      if (first == strip_.first) return x_;
+      if (first == strip_.first + strip_.height) top = plan_.reach[0];
+    }
+    if (top > 0) keep(top);
+    strip_.first = first;
+    rows_.assign(rows, rows + count);
+    // Rows [top, bottom) of the planes: input rows [from, to), and zeros beyond them.
+    const int64_t s = plan_.plane_stride[0], at = first * s - plan_.lead[0];
+    const int64_t from = std::min(plan_.in[0], std::max<int64_t>(0, at + top * s));
+    const int64_t to = std::max(from, std::min(plan_.in[0], at + bottom * s));
+    for (int64_t row = top; row < bottom; ++row)
+      for (int64_t a = 0; a < s; ++a)
+        if (const int64_t h = at + row * s + a; h < 0 || h >= plan_.in[0]) clear(row, a);
+    if (to == from) return x_;
     if (strip.lanes)
-      pack_lanes(rows, count);
+      pack_lanes(rows, count, from, to);
     else
-      pack_pixels(rows, count);
+      pack_pixels(rows, count, from, to);
     return x_;
   }
 
  private:
-  void prepare(const Strip& strip) {
-    // Input rows [top, bottom) fall into the strip.
-    const int64_t s = plan_.plane_stride[0], above = strip.first * s - plan_.lead[0];
-    const int64_t top = std::max<int64_t>(0, above);
-    const int64_t bottom = std::max(top, std::min(plan_.in[0], (strip.first + strip.rows(plan_)) * s - plan_.lead[0]));
-    const bool same = ready_ && strip.like(strip_) && top - above == top_ - above_ && bottom - top == bottom_ - top_;
-    strip_ = strip;
-    above_ = above;
-    top_ = top;
-    bottom_ = bottom;
-    if (same) return;
+  void lay(const Strip& strip) {
     ready_ = true;
+    strip_ = strip;
     const int64_t size = strip.size(plan_, channels_);
     x_ = scratch_.take<T>(size);
     // Whole planes of whole vectors leave no gaps to be zero.
     const int64_t whole = plan_.pointwise() && strip.lanes ? channels_ * strip.channel(plan_) : 0;
     std::memset(x_ + whole, 0, (size - whole) * sizeof(T));
     if (!strip.lanes) return;
-    whole_ = top_ == 0 && bottom_ == plan_.in[0];
-    const int64_t pixels = (bottom_ - top_) * plan_.in[1];
+    joined_from_ = nullptr;
     place_.clear();
-    for (int64_t h = top_; h < bottom_; ++h)
-      for (int64_t w = 0; w < plan_.in[1]; ++w) place_.push_back(place(h, w));
-    if (whole_) {
-      place_.resize(channels_ * pixels);
-      const int64_t spare = channels_ * strip.channel(plan_);
-      for (int64_t c = 1; c < channels_; ++c)
-        for (int64_t p = 0; p < pixels; ++p)
-          place_[c * pixels + p] = place_[p] == spare ? spare : place_[p] + c * strip.channel(plan_);
-    }
-  }
-
-  int64_t place(int64_t h, int64_t w) const {
     const int64_t* s = plan_.plane_stride;
-    const int64_t qh = h + plan_.lead[0], qw = w + plan_.lead[1];
-    const int64_t row = qh / s[0] - strip_.first, column = qw / s[1];
-    if (row < 0 || row >= strip_.rows(plan_) || column >= plan_.plane_width())
-      return channels_ * strip_.channel(plan_);
-    return (qh % s[0] * s[1] + qw % s[1]) * strip_.plane(plan_) +
-           (row * plan_.plane_width() + column) * strip_.unit();
+    for (int64_t q = 0; q < strip.rows(plan_) * s[0]; ++q)
+      for (int64_t w = plan_.lead[1]; w < plan_.lead[1] + plan_.in[1]; ++w)
+        place_.push_back((q % s[0] * s[1] + w % s[1]) * strip.plane(plan_) +
+                         (q / s[0] * plan_.plane_width() + w / s[1]) * strip.unit());
   }
 
-  void pack_lanes(const T* const* rows, int64_t count) {
-    const Kernels<T>& k = kernels<T>();
-    const int64_t pixels = (bottom_ - top_) * plan_.in[1], image = plan_.in[0] * plan_.in[1];
-    for (int64_t lane = 0; lane < strip_.samples; lane += k.lanes) {
-      const int64_t here = std::max<int64_t>(0, std::min<int64_t>(k.lanes, count - lane));
-      T* from[64];
-      if (whole_) {
-        for (int64_t s = 0; s < here; ++s) from[s] = const_cast<T*>(rows[lane + s]);
-        k.to_lanes({from, here, channels_ * pixels, x_ + lane, place_.data()});
-        continue;
-      }
-      for (int64_t c = 0; c < channels_; ++c) {
-        for (int64_t s = 0; s < here; ++s)
-          from[s] = const_cast<T*>(rows[lane + s]) + c * image + top_ * plan_.in[1];
-        // The spare place lies past all channels, and wherever a channel's own shift takes it still inside them or past.
-        k.to_lanes({from, here, pixels, x_ + lane, shifted(c, pixels)});
-      }
+  // The strip's last `rows` rows become the first ones of the next.
+  void keep(int64_t rows) {
+    const int64_t row = plan_.plane_width() * strip_.unit(), runs = strip_.lanes ? 1 : strip_.samples;
+    for (int64_t i = 0; i < channels_ * plan_.planes() * runs; ++i) {
+      T* plane = x_ + i * strip_.rows(plan_) * row;
+      std::memmove(plane, plane + strip_.height * row, rows * row * sizeof(T));
     }
   }
 
-  const int64_t* shifted(int64_t c, int64_t pixels) {
-    if (c == 0) return place_.data();
-    shifted_.resize(pixels);
-    const int64_t spare = channels_ * strip_.channel(plan_), by = c * strip_.channel(plan_);
-    for (int64_t p = 0; p < pixels; ++p) shifted_[p] = place_[p] == spare ? spare : place_[p] + by;
-    return shifted_.data();
+  void clear(int64_t row, int64_t a) {
+    const int64_t width = plan_.plane_width() * strip_.unit(), runs = strip_.lanes ? 1 : strip_.samples;
+    const int64_t across = plan_.plane_stride[1];
+    for (int64_t c = 0; c < channels_; ++c)
+      for (int64_t i = a * across * runs; i < (a + 1) * across * runs; ++i)
+        std::memset(x_ + c * strip_.channel(plan_) + (i * strip_.rows(plan_) + row) * width, 0, width * sizeof(T));
   }
 
-  void pack_pixels(const T* const* rows, int64_t count) {
-    const Kernels<T>& k = kernels<T>();
+  void pack_lanes(const T* const* rows, int64_t count, int64_t top, int64_t bottom) {
+    const int64_t width = plan_.in[1], pixels = (bottom - top) * width, image = plan_.in[0] * width;
+    const int64_t* place = place_.data() + (top + plan_.lead[0] - strip_.first * plan_.plane_stride[0]) * width;
+    // Planes of which a part of a vector would be left over follow one another, if all their rows are wanted.
+    const bool join = pixels == image && pixels % k_.lanes;
+    if (join && joined_from_ != place) {
+      joined_from_ = place;
+      joined_.resize(channels_ * pixels);
+      for (int64_t e = 0; e < channels_ * pixels; ++e)
+        joined_[e] = place[e % pixels] + e / pixels * strip_.channel(plan_);
+    }
+    for (int64_t lane = 0; lane < strip_.samples; lane += k_.lanes) {
+      const int64_t here = std::max<int64_t>(0, std::min<int64_t>(k_.lanes, count - lane));
+      T* from[64];
+      for (int64_t s = 0; s < here; ++s) from[s] = const_cast<T*>(rows[lane + s]) + top * width;
+      Lanes<T> m{from, here, join ? channels_ * pixels : pixels, x_ + lane, join ? joined_.data() : place};
+      m.planes = join ? 1 : channels_;
+      m.row_step = image;
+      m.lanes_step = strip_.channel(plan_);
+      k_.to_lanes(m);
+    }
+  }
+
+  void pack_pixels(const T* const* rows, int64_t count, int64_t top, int64_t bottom) {
     const int64_t width = plan_.in[1], image = plan_.in[0] * width, across = plan_.plane_width();
     if (plan_.pointwise()) {
       for (int64_t s = 0; s < count; ++s)
-        k.copy({rows[s], width, 1, x_ + s * across, strip_.channel(plan_), 1, channels_, width});
+        k_.copy({rows[s], width, 1, x_ + s * across, strip_.channel(plan_), 1, channels_, width});
       return;
     }
     // Pixels (h, w) with (h + top) mod sh = a and (w + left) mod sw = b fall into plane (a, b).
-    const int64_t sh = plan_.plane_stride[0], sw = plan_.plane_stride[1];
+    const int64_t sh = plan_.plane_stride[0], sw = plan_.plane_stride[1], left = plan_.lead[1];
     for (int64_t a = 0; a < sh; ++a) {
-      const int64_t h = top_ + ((a - plan_.lead[0] - top_) % sh + sh) % sh, row = (h + plan_.lead[0]) / sh - strip_.first;
-      const int64_t height = std::min((bottom_ - h + sh - 1) / sh, strip_.rows(plan_) - row);
-      if (height > 0 && sw == 2 && plan_.lead[1] + width <= 2 * across) {
+      const int64_t h = top + ((a - plan_.lead[0] - top) % sh + sh) % sh, row = (h + plan_.lead[0]) / sh - strip_.first;
+      const int64_t height = (bottom - h + sh - 1) / sh;
+      if (height <= 0) continue;
+      if (sw == 2) {
         // Both planes in one reading: column w goes to plane (w + left) mod 2, at (w + left) / 2.
-        const int64_t left = plan_.lead[1];
         T* plane[2] = {x_ + a * sw * strip_.plane(plan_) + row * across,
                        x_ + (a * sw + 1) * strip_.plane(plan_) + row * across};
         T* even = plane[left % 2] + left / 2;
@@ -243,32 +261,32 @@ class Packer {
         for (int64_t c = 0; c < channels_; ++c)
           for (int64_t s = 0; s < count; ++s) {
             const int64_t to = c * strip_.channel(plan_) + s * strip_.sample_plane(plan_);
-            k.split({rows[s] + c * image + h * width, sh * width, even + to, odd + to, across, height, width});
+            k_.split({rows[s] + c * image + h * width, sh * width, even + to, odd + to, across, height, width});
           }
         continue;
       }
       for (int64_t b = 0; b < sw; ++b) {
-        const int64_t w = ((b - plan_.lead[1]) % sw + sw) % sw, column = (w + plan_.lead[1]) / sw;
-        const int64_t run = std::min(across - column, (width - w + sw - 1) / sw);
-        if (height <= 0 || run <= 0) continue;
+        const int64_t w = ((b - left) % sw + sw) % sw, column = (w + left) / sw, run = (width - w + sw - 1) / sw;
+        if (run <= 0) continue;
         T* to = x_ + (a * sw + b) * strip_.plane(plan_) + row * across + column;
         for (int64_t c = 0; c < channels_; ++c)
           for (int64_t s = 0; s < count; ++s)
-            k.copy({rows[s] + c * image + h * width + w, sh * width, sw,
-                    to + c * strip_.channel(plan_) + s * strip_.sample_plane(plan_), across, 1, height, run});
+            k_.copy({rows[s] + c * image + h * width + w, sh * width, sw,
+                     to + c * strip_.channel(plan_) + s * strip_.sample_plane(plan_), across, 1, height, run});
       }
     }
   }
 
   const Plan& plan_;
   const int64_t channels_;
+  const Kernels<T>& k_;
   Strip strip_;
   bool ready_ = false;
-  bool whole_ = false;
-  int64_t above_ = 0, top_ = 0, bottom_ = 0;
   Scratch scratch_;
   T* x_ = nullptr;
-  std::vector<int64_t> place_, shifted_;
+  std::vector<const T*> rows_;  // what is packed
+  std::vector<int64_t> place_, joined_;
+  const int64_t* joined_from_ = nullptr;
 };
 
 }  // namespace rtl_kernels

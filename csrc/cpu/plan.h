@@ -11,6 +11,7 @@
 // then every kept weight reads x at one fixed distance from the output's own place.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -44,7 +45,10 @@ struct Plan {
   std::vector<Phase> phases;
 
   int64_t planes() const { return plane_stride[0] * plane_stride[1]; }
-  int64_t plane_width() const { return places[1] + reach[1]; }
+  // What outputs read, and all of x: then a row of x needs no care where it ends.
+  int64_t plane_width() const {
+    return std::max(places[1] + reach[1], (lead[1] + in[1] - 1) / plane_stride[1] + 1);
+  }
   bool pointwise() const { return taps == 1 && planes() == 1 && phases.size() == 1 && !lead[0] && !lead[1] &&
                                   in[0] == out[0] && in[1] == out[1]; }
   bool linear() const { return pointwise() && in[0] * in[1] == 1; }

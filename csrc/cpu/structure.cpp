@@ -13,12 +13,16 @@
 namespace rtl_kernels {
 namespace {
 
-// Inputs a tile. Long buckets keep the 15 loops of a block predictable, short tiles keep the inputs in L1: the sparser
-// the mask the longer, since a block then touches each input less often.
-int64_t tile_inputs(const Plan& plan, int64_t kept) {
+// Inputs a tile, at most. Long buckets keep the 15 loops of a block predictable, short tiles keep the inputs in L1: the
+// sparser the mask the longer, since a block then touches each input less often.
+//
+//   one tap        four rows   320 where the mask keeps 35 % or more, else 512
+//   several taps   four rows   288: neighbouring taps read the same columns, of 32 channels where there are 9
+//                  one row     144: it holds 16 vectors of columns, where four rows hold 6
+int64_t tile_inputs(const Plan& plan, int64_t kept, bool single) {
   const int64_t inputs = std::max<int64_t>(1, plan.channels * plan.taps);
   const int64_t weights = plan.groups * plan.rows * inputs;
-  const int64_t most = plan.taps > 1 ? 144 : kept * 100 >= weights * 35 ? 320 : 512;
+  const int64_t most = plan.taps > 1 ? (single ? 144 : 288) : kept * 100 >= weights * 35 ? 320 : 512;
   const int64_t tiles = (inputs + most - 1) / most;
   return (inputs + tiles - 1) / tiles;
 }
@@ -34,13 +38,15 @@ int64_t count_bits(const Plan& plan, const uint32_t* words, int64_t words_row) {
   return bits;
 }
 
-std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words, int64_t words_row) {
+std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind) {
   auto structure = std::make_shared<Structure>();
   Structure& s = *structure;
   s.kept = count_bits(plan, words, words_row);
-  s.tile_inputs = tile_inputs(plan, s.kept);
+  // One row at a time reads an input for every multiply-add, but has a long loop where 15 have two or three inputs each.
+  const bool single = kind != Kind::kBlocks && plan.taps > 1 && s.kept * 100 < plan.groups * plan.group_weights() * 15;
+  s.tile_inputs = tile_inputs(plan, s.kept, single);
   // Fewer than 6 inputs a row on average (and phase): see kBlockRows.
-  s.block_rows = s.kept < 6 * plan.groups * plan.rows * int64_t(plan.phases.size()) ? 1 : kBlockRows;
+  s.block_rows = single || s.kept < 6 * plan.groups * plan.rows * int64_t(plan.phases.size()) ? 1 : kBlockRows;
   const int64_t blocks = (plan.rows + s.block_rows - 1) / s.block_rows;
   std::vector<uint8_t> pattern(s.tile_inputs);
   for (int64_t group = 0; group < plan.groups; ++group) {
@@ -181,7 +187,7 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
   lock.unlock();
   std::vector<uint32_t> copy(words, words + length);  // compiled from the copy: a writer meanwhile is its own problem
   auto structure = kind == Kind::kLists ? compile_lists(plan, copy.data(), words_row)
-                                        : compile(plan, words ? copy.data() : nullptr, words_row);
+                                        : compile(plan, words ? copy.data() : nullptr, words_row, kind);
   const int64_t bytes = int64_t(copy.size() * 4 + structure->counts.size() * 4 + structure->index.size() * 2 +
                                 structure->parts.size() * sizeof(Structure::Part) + 256);
   lock.lock();

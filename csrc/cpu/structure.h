@@ -18,8 +18,9 @@ struct Lists {
   int64_t tiles;
 };
 
-// Buckets for blocks of rows, or lists for single ones (of linear layers of up to 65,536 inputs).
-enum class Kind { kBuckets, kLists };
+// Buckets for blocks of rows: those of outputs are of single rows where a mask of several taps is sparse, a gradient's
+// (kBlocks) are not. Or lists for single rows (of linear layers of up to 65,536 inputs).
+enum class Kind { kBuckets, kBlocks, kLists };
 
 struct Structure {
   int64_t tile_inputs;

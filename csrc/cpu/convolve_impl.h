@@ -1,0 +1,164 @@
+// y = w · x where every kept input lies at a distance of its own from the column (kernels.h, Convolve). Included by
+// kernels_impl.h.
+
+namespace rtl_kernels {
+namespace RTL_LEVEL {
+
+#if RTL_REGISTERS >= 32
+constexpr int kPair = 8;  // vectors on each of two lines of a single row of the weight: 16 sums
+#else
+constexpr int kPair = 6;
+#endif
+
+typedef int64_t Distance __attribute__((aligned(4), may_alias));
+
+// Inputs of one pattern over N lines of V vectors. A row's sum waits 4 cycles for each multiply-add, so where there are
+// few columns U independent sums take turns; they are added in a fixed order at the end.
+template <class T, int R, int N, int V, int U, int P>
+RTL_INLINE void convolve_bucket(typename Vector<T>::type (&sum)[U][R][N * V], const Convolve<T>& m, const T*& entry,
+                                uint32_t count) {
+  constexpr int L = Vector<T>::lanes, kept = __builtin_popcount(P), head = sizeof(int64_t) / sizeof(T);
+  const T* x = m.x;
+  const T* below = N > 1 ? x + m.x_line : x;
+  auto one = [&](typename Vector<T>::type(&to)[R][N * V]) __attribute__((always_inline)) {
+    const int64_t at = *reinterpret_cast<const Distance*>(entry);
+    typename Vector<T>::type w[kept];
+#pragma GCC unroll 4
+    for (int i = 0; i < kept; ++i) w[i] = splat(entry[head + i]);
+    entry += head + kept;
+#pragma GCC unroll 16
+    for (int v = 0; v < N * V; ++v) {
+      typename Vector<T>::type column = v < V ? load(x + at + v * L) : load(below + at + (v - V) * L);
+      if (kept > 1) column = held(column);
+      int i = 0;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        if (P >> r & 1) to[r][v] += w[i++] * column;
+    }
+  };
+  if (U > 1) {
+    for (; count >= U; count -= U) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) one(sum[u]);
+    }
+  }
+  for (; count; --count) one(sum[0]);
+}
+
+template <class T, int R, int N, int V, int U>
+__attribute__((noinline)) void convolve_piece(const Convolve<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  typedef typename Vector<T>::type Vec;
+  const uint32_t* counts = m.program.counts;
+  const T* entry = m.program.entries;
+  for (int64_t tile = 0; tile < m.program.tiles; ++tile) {
+    const bool last = tile + 1 == m.program.tiles, affine = last && (m.scale || m.bias), act = last && m.relu;
+    for (int64_t r0 = 0; r0 < m.rows; r0 += R, counts += R == 1 ? 1 : 15) {
+      Vec sum[U][R][N * V];
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+          for (int v = 0; v < N * V; ++v) sum[u][r][v] = Vec{};
+#define RTL_BUCKET(P) convolve_bucket<T, R, N, V, U, P>(sum, m, entry, counts[P - 1])
+      RTL_BUCKET(1);
+      if constexpr (R > 1) {
+        RTL_BUCKET(2);
+        RTL_BUCKET(3);
+        RTL_BUCKET(4);
+        RTL_BUCKET(5);
+        RTL_BUCKET(6);
+        RTL_BUCKET(7);
+        RTL_BUCKET(8);
+        RTL_BUCKET(9);
+        RTL_BUCKET(10);
+        RTL_BUCKET(11);
+        RTL_BUCKET(12);
+        RTL_BUCKET(13);
+        RTL_BUCKET(14);
+        RTL_BUCKET(15);
+      }
+#undef RTL_BUCKET
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        if (r0 + r >= m.rows) break;
+        T* to = m.y + (r0 + r) * m.y_row;
+        const Vec scale = splat(affine && m.scale ? m.scale[r0 + r] : T(1));
+        const Vec bias = splat(affine && m.bias ? m.bias[r0 + r] : T(0));
+#pragma GCC unroll 16
+        for (int v = 0; v < N * V; ++v) {
+          Vec s = sum[0][r][v];
+#pragma GCC unroll 4
+          for (int u = 1; u < U; ++u) s += sum[u][r][v];
+          if (tile) s += load(to + v * L);
+          if (affine) s = s * scale + bias;
+          if (act) s = relu(s);
+          store(to + v * L, s);
+        }
+      }
+    }
+  }
+}
+
+// All blocks of four rows, or single rows; U where the sums are fewer than 4 cycles of 2 multiply-adds fill.
+template <class T, int N, int V>
+void convolve_single(const Convolve<T>& m) {
+  convolve_piece<T, 1, N, V, (N * V <= 2 ? 4 : N * V <= 4 ? 2 : 1)>(m);
+}
+
+template <class T, int V>
+void convolve_four(const Convolve<T>& m) {
+  constexpr bool kMany = RTL_REGISTERS >= 32;
+  convolve_piece<T, 4, 1, V, (V == 1 ? (kMany ? 4 : 2) : V == 2 && kMany ? 2 : 1)>(m);
+}
+
+template <class T>
+void convolve(const Convolve<T>& m) {
+#define RTL_CASE(V, run) \
+  case V:                \
+    run;                 \
+    break
+  if (m.program.block_rows > 1) {
+    switch (m.vectors) {
+      RTL_CASE(1, (convolve_four<T, 1>(m)));
+      RTL_CASE(2, (convolve_four<T, 2>(m)));
+#if RTL_REGISTERS >= 32
+      RTL_CASE(3, (convolve_four<T, 3>(m)));
+      RTL_CASE(4, (convolve_four<T, 4>(m)));
+      RTL_CASE(5, (convolve_four<T, 5>(m)));
+      RTL_CASE(6, (convolve_four<T, 6>(m)));
+#endif
+    }
+  } else if (m.lines == 1) {
+    switch (m.vectors) {
+      RTL_CASE(1, (convolve_single<T, 1, 1>(m)));
+      RTL_CASE(2, (convolve_single<T, 1, 2>(m)));
+      RTL_CASE(3, (convolve_single<T, 1, 3>(m)));
+      RTL_CASE(4, (convolve_single<T, 1, 4>(m)));
+      RTL_CASE(5, (convolve_single<T, 1, 5>(m)));
+      RTL_CASE(6, (convolve_single<T, 1, 6>(m)));
+#if RTL_REGISTERS >= 32
+      RTL_CASE(7, (convolve_single<T, 1, 7>(m)));
+      RTL_CASE(8, (convolve_single<T, 1, 8>(m)));
+#endif
+    }
+  } else {
+    switch (m.vectors) {
+      RTL_CASE(1, (convolve_single<T, 2, 1>(m)));
+      RTL_CASE(2, (convolve_single<T, 2, 2>(m)));
+      RTL_CASE(3, (convolve_single<T, 2, 3>(m)));
+      RTL_CASE(4, (convolve_single<T, 2, 4>(m)));
+      RTL_CASE(5, (convolve_single<T, 2, 5>(m)));
+      RTL_CASE(6, (convolve_single<T, 2, 6>(m)));
+#if RTL_REGISTERS >= 32
+      RTL_CASE(7, (convolve_single<T, 2, 7>(m)));
+      RTL_CASE(8, (convolve_single<T, 2, 8>(m)));
+#endif
+    }
+  }
+#undef RTL_CASE
+}
+
+}  // namespace RTL_LEVEL
+}  // namespace rtl_kernels

@@ -40,7 +40,8 @@ class Runner {
       const uint32_t* words = g ? masks.words + (g - 1) * masks.mask_words : nullptr;
       segments_.push_back({g - 1, start, stop, nullptr});
       if (!depthwise() && !few(segments_.back()))
-        segments_.back().structure = structure_of(plan, words, masks.row_words);
+        segments_.back().structure =
+            structure_of(plan, words, masks.row_words, lists(segments_.back()) ? Kind::kLists : Kind::kBuckets);
       divide(int64_t(segments_.size()) - 1);
     }
     std::stable_sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) {
@@ -82,12 +83,21 @@ class Runner {
     if (count <= 4 || segment.mask < 0) return count <= 8;
     const int64_t weights = plan_.groups * plan_.group_weights();
     if (count > 8 && weights * int64_t(sizeof(T)) < (int64_t(4) << 20)) return false;
-    // Estimated from about 4,000 of the bits.
-    const uint32_t* words = masks_.words + segment.mask * masks_.mask_words;
-    const int64_t length = plan_.groups * plan_.rows * masks_.row_words, step = length / 128 | 1;
-    int64_t kept = 0, bits = 0;
-    for (int64_t i = 0; i < length; i += step) kept += __builtin_popcount(words[i]), bits += 32;
-    return kept * 100 >= bits * 45;
+    return kept(segment) >= 0.45;
+  }
+
+  // The share of a linear layer's weights that a mask keeps.
+  double kept(const Segment& segment) const {
+    const int64_t leads = plan_.groups * (plan_.scatter ? plan_.channels : plan_.rows);
+    return density(masks_.words + segment.mask * masks_.mask_words, leads * masks_.row_words,
+                   plan_.scatter ? plan_.rows : plan_.channels);
+  }
+
+  // Rows are taken one by one where little is kept and samples are few: entering buckets is then most of the work. With
+  // more samples the inputs do not fit into L1, which blocks of rows load less often.
+  bool lists(const Segment& segment) const {
+    return plan_.linear() && segment.stop - segment.start <= 64 && segment.mask >= 0 && plan_.channels <= 65536 &&
+           plan_.group_weights() <= INT64_C(0xffffffff) && kept(segment) <= 0.18;
   }
 
   // What one group of samples is divided into depends on its size and the shapes alone.
@@ -116,7 +126,8 @@ class Runner {
       return;
     }
     if (plan_.linear()) {
-      const int64_t chunks = (count + k_.block_columns - 1) / k_.block_columns;
+      const int64_t most = segments_[s].structure->block_rows ? k_.block_columns : k_.list_columns;
+      const int64_t chunks = (count + most - 1) / most;
       const int64_t each = ((count + chunks - 1) / chunks + L - 1) / L * L;
       for (int64_t i = 0; i < count; i += each) {
         const int64_t here = std::min(each, count - i);
@@ -270,7 +281,7 @@ class Runner {
             const Segment& segment = segments_[unit.segment];
             Multiply<T> m{};
             m.kept = segment.structure->at(plan_, 0, 0);
-            m.kept.counts += row / m.kept.block_rows * 16;
+            m.kept.skip_rows(row);
             const int64_t tiles = m.kept.tiles;
             m.kept.first_tile = tiles * step / most;
             m.kept.tiles = tiles * (step + 1) / most;

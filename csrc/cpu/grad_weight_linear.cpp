@@ -180,34 +180,26 @@ class LinearGradient {
           to_lanes(pieces[p], plan_.rows, false, group, dy + before[p] * plan_.rows);
       }
     });
-    // Tiles of inputs whose x stays in L2, for the widest piece, with the rows' dw there. (In L1 x would be read faster,
-    // but the lists of wide layers in pieces too short to be foreseen.)
-    constexpr int64_t kTile = int64_t(128) << 10;  // bytes
-    int64_t widest = 0;
-    for (int64_t p = 0; p < count; ++p) widest = std::max(widest, rounded(pieces[p].count));
+    // A tile of the inputs, x of 64 samples and dw of so many rows, stays in L2 while all masks pass.
     const int64_t tile = pieces[0].lists->tile_inputs, tiles = pieces[0].lists->lists(group).tiles;
-    const int64_t step = std::max<int64_t>(1, kTile / (widest * int64_t(sizeof(T)) * tile));
-    const int64_t rows = std::max<int64_t>(32, kTile / (std::min(inputs, step * tile) * int64_t(sizeof(T))));
+    const int64_t rows = std::max<int64_t>(32, (int64_t(128) << 10) / (tile * int64_t(sizeof(T))));
     parallel_((plan_.rows + rows - 1) / rows, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = block * rows;
-        for (int64_t first = 0; first < tiles; first += step) {
+        for (int64_t t = 0; t < tiles; ++t) {
           for (int64_t p = 0; p < count; ++p) {
             const Lists lists = pieces[p].lists->lists(group);
             Dots<T> m{};
             m.columns = rounded(pieces[p].count);
             m.x = x + before[p] * inputs;
             m.dy = dy + before[p] * plan_.rows + row * m.columns;
-            m.starts = lists.starts + row * tiles;
+            m.starts = lists.starts + t * plan_.rows + row;
             m.index = lists.index;
-            m.tiles = tiles;
-            m.first_tile = first;
-            m.last_tile = std::min(tiles, first + step);
             m.rows = std::min(rows, plan_.rows - row);
             m.g = gradient(pieces[p].mask, group) + row * inputs;
             m.g_row = inputs;
             if (pieces[p].first) {
-              const int64_t from = first * tile, to = std::min(inputs, m.last_tile * tile);
+              const int64_t from = t * tile, to = std::min(inputs, from + tile);
               for (int64_t r = 0; r < m.rows; ++r) std::fill(m.g + r * inputs + from, m.g + r * inputs + to, T(0));
             }
             k_.dots(m);

@@ -26,8 +26,10 @@ struct Kept {
   int64_t tiles;
   int64_t tile_inputs;
   int64_t blocks;
-  int64_t block_rows;  // 4 or 1
+  int64_t block_rows;  // 4 or 1; 0: `blocks` rows with a list each (structure.h: Lists)
   int64_t first_tile;  // of Multiply: tiles before it have been added to y already
+
+  void skip_rows(int64_t rows) { counts += block_rows ? rows / block_rows * 16 : rows; }
 };
 
 // y[r][c] = act(s[r] · Σ_{kept (r, j)} w[r, j] · x[j][c] + b[r]) for columns 0..columns of every segment; s, b and act are
@@ -136,15 +138,14 @@ struct LayOut {
   T* dy_last;  // where the last tile goes
 };
 
-// g[r][j] += Σ_c dy[r][c] · x[j][c] for the inputs j that row r's list has in tiles [first_tile, last_tile).
+// g[r][j] += Σ_c dy[r][c] · x[j][c] for the inputs j of row r's list.
 template <class T>
 struct Dots {
   const T* x;   // (inputs, columns)
   const T* dy;  // (rows, columns)
   int64_t columns;  // a multiple of the lanes
-  const uint32_t* starts;  // structure.h: Lists
+  const uint32_t* starts;  // of one tile of structure.h's Lists
   const uint16_t* index;
-  int64_t tiles, first_tile, last_tile;
   int64_t rows;
   T* g;
   int64_t g_row;
@@ -253,7 +254,7 @@ template <class T>
 struct Kernels {
   int lanes;
   int granule;        // of Multiply's columns: the lanes, or half of them
-  int block_columns;  // columns held in registers at once
+  int block_columns, list_columns;  // columns held in registers at once, of blocks of rows and of lists
   int pair;           // vectors of columns of a single row held at once, on each of two lines
   int outer_rows, outer_columns;
   void (*multiply)(const Multiply<T>&);

@@ -167,26 +167,67 @@ RTL_INLINE void bucket(Sums<T, R, V, H> (&sum)[U], const Multiply<T>& m, const T
   for (; index != end; ++index) one(*index, sum[0]);
 }
 
+// A block's share of what is needed next.
+template <class T>
+RTL_INLINE void fetch_ahead(const Multiply<T>& m, int64_t block, int64_t blocks) {
+  const int64_t lines = m.ahead_to - m.ahead_from;
+  int64_t line = m.ahead_from + lines * block / blocks;
+  const int64_t end = m.ahead_from + lines * (block + 1) / blocks;
+  const char* row = reinterpret_cast<const char*>(m.ahead + line / m.ahead_lines * m.ahead_row);
+  for (int64_t at = line % m.ahead_lines; line < end; ++line) {
+    __builtin_prefetch(row + at * 64, 0, 2);
+    if (++at == m.ahead_lines) at = 0, row += m.ahead_row * int64_t(sizeof(T));
+  }
+}
+
+// Rows r0, … of y from their sums; with `add` to what is there, with `last` what is done to the whole sum.
+template <class T, int R, int V, int H, int U>
+RTL_INLINE void finish(const Multiply<T>& m, const Sums<T, R, V, H> (&sum)[U], int64_t r0, bool add, bool last, T* y) {
+  constexpr int L = Vector<T>::lanes;
+  const bool affine = last && (m.scale || m.bias), act = last && m.relu;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    if (r0 + r < m.rows) {
+      T* out = y + (r0 + r) * m.y_row;
+      const typename Vector<T>::type scale = splat(affine && m.scale ? m.scale[r0 + r] : T(1));
+      const typename Vector<T>::type bias = splat(affine && m.bias ? m.bias[r0 + r] : T(0));
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        typename Vector<T>::type s = sum[0].full[r][v];
+#pragma GCC unroll 4
+        for (int u = 1; u < U; ++u) s += sum[u].full[r][v];
+        if (add) s += load(out + v * L);
+        if (affine) s = s * scale + bias;
+        if (act) s = relu(s);
+        if (m.stream)
+          stream(out + v * L, s);
+        else
+          store(out + v * L, s);
+      }
+      if (H) {
+        typename Half<T>::type* end = reinterpret_cast<typename Half<T>::type*>(out + V * L);
+        typename Half<T>::type s = sum[0].half[r];
+#pragma GCC unroll 4
+        for (int u = 1; u < U; ++u) s += sum[u].half[r];
+        if (add) s += *end;
+        if (affine) s = s * low(scale) + low(bias);
+        if (act) s = relu(s);
+        *end = s;
+      }
+    }
+  }
+}
+
 template <class T, int R, int V, int H, int U>
 __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t tile, const T* x, T* y) {
-  constexpr int L = Vector<T>::lanes;
   const int64_t start = tile * m.kept.tile_inputs;
   x += start * m.x_stride;
-  const bool last = tile + 1 == m.kept.tiles, affine = last && (m.scale || m.bias), act = last && m.relu;
+  const bool last = tile + 1 == m.kept.tiles;
   for (int64_t r0 = 0; r0 < m.rows; r0 += R) {
     const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / R) * 16;
     const uint16_t* index = m.kept.index + counts[0];
     const T* w = m.w + r0 * m.w_row + start * m.w_stride;
-    if (m.ahead) {
-      const int64_t blocks = (m.rows + R - 1) / R, lines = m.ahead_to - m.ahead_from, block = r0 / R;
-      int64_t line = m.ahead_from + lines * block / blocks;
-      const int64_t end = m.ahead_from + lines * (block + 1) / blocks;
-      const char* row = reinterpret_cast<const char*>(m.ahead + line / m.ahead_lines * m.ahead_row);
-      for (int64_t at = line % m.ahead_lines; line < end; ++line) {
-        __builtin_prefetch(row + at * 64, 0, 2);
-        if (++at == m.ahead_lines) at = 0, row += m.ahead_row * int64_t(sizeof(T));
-      }
-    }
+    if (m.ahead) fetch_ahead(m, r0 / R, (m.rows + R - 1) / R);
     Sums<T, R, V, H> sum[U];
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u)
@@ -213,37 +254,45 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
       bucket<T, R, V, H, U, 14>(sum, m, x, w, index, counts[14]);
       bucket<T, R, V, H, U, 15>(sum, m, x, w, index, counts[15]);
     }
+    finish<T, R, V, H, U>(m, sum, r0, tile > 0, last, y);
+  }
+}
+
+// The same of one row at a time: where little is kept, entering 15 buckets for every block costs more than loading an
+// input once for each of its rows.
+template <class T, int V, int H, int U>
+__attribute__((noinline)) void multiply_lists(const Multiply<T>& m, int64_t tile, const T* x, T* y) {
+  constexpr int L = Vector<T>::lanes;
+  const int64_t step = m.x_stride;
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const uint32_t* starts = m.kept.counts + tile * m.kept.blocks + r;
+    const uint16_t* index = m.kept.index + starts[0];
+    const uint16_t* end = m.kept.index + starts[1];
+    const T* w = m.w + r * m.w_row;
+    if (m.ahead) fetch_ahead(m, r, m.rows);
+    Sums<T, 1, V, H> sum[U];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      if (r0 + r < m.rows) {
-        T* out = y + (r0 + r) * m.y_row;
-        const typename Vector<T>::type scale = splat(affine && m.scale ? m.scale[r0 + r] : T(1));
-        const typename Vector<T>::type bias = splat(affine && m.bias ? m.bias[r0 + r] : T(0));
+    for (int u = 0; u < U; ++u) {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-          typename Vector<T>::type s = sum[0].full[r][v];
-#pragma GCC unroll 4
-          for (int u = 1; u < U; ++u) s += sum[u].full[r][v];
-          if (tile) s += load(out + v * L);
-          if (affine) s = s * scale + bias;
-          if (act) s = relu(s);
-          if (m.stream)
-            stream(out + v * L, s);
-          else
-            store(out + v * L, s);
-        }
-        if (H) {
-          typename Half<T>::type* end = reinterpret_cast<typename Half<T>::type*>(out + V * L);
-          typename Half<T>::type s = sum[0].half[r];
-#pragma GCC unroll 4
-          for (int u = 1; u < U; ++u) s += sum[u].half[r];
-          if (tile) s += *end;
-          if (affine) s = s * low(scale) + low(bias);
-          if (act) s = relu(s);
-          *end = s;
-        }
-      }
+      for (int v = 0; v < V; ++v) sum[u].full[0][v] = typename Vector<T>::type{};
+      if (H) sum[u].half[0] = typename Half<T>::type{};
     }
+    auto one = [&](int64_t j, Sums<T, 1, V, H>& to) __attribute__((always_inline)) {
+      const T* xj = x + j * step;
+      const typename Vector<T>::type value = splat(w[j * m.w_stride]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) to.full[0][v] += value * load(xj + v * L);
+      if (H) to.half[0] += low(value) * *reinterpret_cast<const typename Half<T>::type*>(xj + V * L);
+    };
+    // Four indices in one load: these are as scarce as the multiply-adds.
+    for (; end - index >= 4; index += 4) {
+      uint64_t four;
+      __builtin_memcpy(&four, index, sizeof(four));
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) one(four >> (16 * u) & 0xffff, sum[u % U]);
+    }
+    for (; index != end; ++index) one(*index, sum[0]);
+    finish<T, 1, V, H, U>(m, sum, r, tile > 0, tile + 1 == m.kept.tiles, y);
   }
 }
 
@@ -290,17 +339,68 @@ void multiply_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
 #undef RTL_COLUMNS
 }
 
+constexpr int kListVectors = 8;
+
+// As multiply_cut, through lists.
+template <class T>
+void multiply_list_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
+  constexpr int L = Vector<T>::lanes, kGranule = kHalves ? L / 2 : L;
+  for (int64_t t = m.kept.first_tile; t < m.kept.tiles; ++t) {
+#define RTL_COLUMNS(V, H, U) multiply_lists<T, V, H, U>(m, t, x, y)
+    switch (take / kGranule) {
+#if RTL_VECTOR_BYTES == 64
+      case 1: RTL_COLUMNS(0, 1, 4); break;
+      case 2: RTL_COLUMNS(1, 0, 4); break;
+      case 3: RTL_COLUMNS(1, 1, 4); break;
+      case 4: RTL_COLUMNS(2, 0, 4); break;
+      case 5: RTL_COLUMNS(2, 1, 2); break;
+      case 6: RTL_COLUMNS(3, 0, 2); break;
+      case 7: RTL_COLUMNS(3, 1, 2); break;
+      case 8: RTL_COLUMNS(4, 0, 2); break;
+      case 9: RTL_COLUMNS(4, 1, 2); break;
+      case 10: RTL_COLUMNS(5, 0, 2); break;
+      case 11: RTL_COLUMNS(5, 1, 2); break;
+      case 12: RTL_COLUMNS(6, 0, 2); break;
+      case 13: RTL_COLUMNS(6, 1, 1); break;
+      case 14: RTL_COLUMNS(7, 0, 1); break;
+      case 15: RTL_COLUMNS(7, 1, 1); break;
+      default: RTL_COLUMNS(8, 0, 1); break;
+#else
+      case 1: RTL_COLUMNS(1, 0, 4); break;
+      case 2: RTL_COLUMNS(2, 0, 4); break;
+      case 3: RTL_COLUMNS(3, 0, 2); break;
+      case 4: RTL_COLUMNS(4, 0, 2); break;
+      case 5: RTL_COLUMNS(5, 0, 1); break;
+      case 6: RTL_COLUMNS(6, 0, 1); break;
+      case 7: RTL_COLUMNS(7, 0, 1); break;
+      default: RTL_COLUMNS(8, 0, 1); break;
+#endif
+    }
+#undef RTL_COLUMNS
+  }
+}
+
 template <class T>
 void multiply_segment(const Multiply<T>& m, const T* x, T* y) {
   constexpr int L = Vector<T>::lanes;
-  const bool single = m.kept.block_rows == 1;
+  const bool single = m.kept.block_rows == 1, lists = m.kept.block_rows == 0;
   for (int64_t c = 0; c < m.columns;) {
     const int64_t left = m.columns - c;
     // 7 or 8 vectors go as 4 + 3 or 4 + 4: 6 + 1 would leave a lone vector that waits for its own sums. A single row has
     // registers for 16.
     int64_t take = left <= kVectors * L ? left : kVectors == 6 && left <= 8 * L ? 4 * L : kVectors * L;
     if (single && RTL_VECTOR_BYTES == 64 && left >= 16 * L) take = 16 * L;
-    if (single)
+    if (lists) {
+      // So many that a tile of the inputs stays in L2 beside all else, in as many equal parts as that takes.
+      const int64_t room = (128 << 10) / (m.kept.tile_inputs * int64_t(sizeof(T))) / L * L;
+      const int64_t most = room < 2 * L ? 2 * L : room < kListVectors * L ? room : kListVectors * L;
+      const int64_t parts = (left + most - 1) / most;
+      take = ((left + parts - 1) / parts + L - 1) / L * L;
+      take = left < take ? left : take;
+    }
+    if (lists)
+      multiply_list_cut<T>(m, take, x + c, y + c);
+    else if (single)
       multiply_cut<T, 1>(m, take, x + c, y + c);
     else
       multiply_cut<T, kBlockRows>(m, take, x + c, y + c);
@@ -685,8 +785,8 @@ template <class T, int V>
 __attribute__((noinline)) void dots_columns(const Dots<T>& m) {
   constexpr int L = Vector<T>::lanes;
   for (int64_t r = 0; r < m.rows; ++r) {
-    const uint16_t* index = m.index + m.starts[r * m.tiles + m.first_tile];
-    const uint16_t* end = m.index + m.starts[r * m.tiles + m.last_tile];
+    const uint16_t* index = m.index + m.starts[r];
+    const uint16_t* end = m.index + m.starts[r + 1];
     const T* dy = m.dy + r * m.columns;
     T* g = m.g + r * m.g_row;
     typename Vector<T>::type d[V ? V : 1];
@@ -1059,7 +1159,7 @@ namespace RTL_LEVEL {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes, kPair,
+  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes, kListVectors * Vector<T>::lanes, kPair,
           kOuterRows, kOuterVectors * Vector<T>::lanes,
           multiply<T>, convolve<T>, correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>,
           norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};

@@ -101,8 +101,10 @@ std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words
 std::shared_ptr<const Structure> compile_lists(const Plan& plan, const uint32_t* words, int64_t words_row) {
   auto structure = std::make_shared<Structure>();
   Structure& s = *structure;
-  s.tile_inputs = 128;
-  s.block_rows = 1;
+  // Longer than buckets' tiles: a row's list is short, and is entered once a tile.
+  const int64_t pieces = std::max<int64_t>(1, (plan.channels + 511) / 512);
+  s.tile_inputs = std::max<int64_t>(1, (plan.channels + pieces - 1) / pieces);
+  s.block_rows = 0;
   s.kept = count_bits(plan, words, words_row);
   const int64_t tiles = std::max<int64_t>(1, (plan.channels + s.tile_inputs - 1) / s.tile_inputs);
   const int64_t leads = plan.scatter ? plan.channels : plan.rows;
@@ -120,14 +122,14 @@ std::shared_ptr<const Structure> compile_lists(const Plan& plan, const uint32_t*
       }
     };
     std::vector<uint32_t> starts(plan.rows * tiles + 1, 0);
-    each([&](int64_t row, int64_t input) { ++starts[row * tiles + input / s.tile_inputs + 1]; });
+    each([&](int64_t row, int64_t input) { ++starts[input / s.tile_inputs * plan.rows + row + 1]; });
     if (plan.rows * plan.channels > INT64_C(0xffffffff))
       throw std::length_error("a list for more than 2^32 weights of a group");
     for (size_t i = 1; i < starts.size(); ++i) starts[i] += starts[i - 1];
     std::vector<uint32_t> next(starts);
     s.index.resize(s.index.size() + starts.back());
     uint16_t* index = s.index.data() + s.parts.back().index;
-    each([&](int64_t row, int64_t input) { index[next[row * tiles + input / s.tile_inputs]++] = uint16_t(input); });
+    each([&](int64_t row, int64_t input) { index[next[input / s.tile_inputs * plan.rows + row]++] = uint16_t(input); });
     s.counts.insert(s.counts.end(), starts.begin(), starts.end());
   }
   s.index.resize(s.index.size() + kListsPadding, 0);

@@ -10,8 +10,8 @@
 
 namespace rtl_kernels {
 
-// Of one group: what each row keeps, ascending. Row r's inputs from tile t on start at starts[r * tiles + t] of `index`,
-// behind which at least a whole vector of valid inputs may be read.
+// Of one group, in tiles of `tile_inputs`: what each row keeps, ascending. Of row r and tile t from starts[t * rows + r] of
+// `index` on, up to the next start, behind which at least a whole vector of valid inputs may be read.
 struct Lists {
   const uint32_t* starts;
   const uint16_t* index;
@@ -24,7 +24,7 @@ enum class Kind { kBuckets, kBlocks, kLists };
 
 struct Structure {
   int64_t tile_inputs;
-  int64_t block_rows;
+  int64_t block_rows;  // 0: lists
   int64_t kept;  // weights
   struct Part {  // of one group and phase
     int64_t counts, index, tiles;
@@ -35,7 +35,7 @@ struct Structure {
 
   Kept at(const Plan& plan, int64_t group, int64_t phase) const {
     const Part& part = parts[group * plan.phases.size() + phase];
-    const int64_t blocks = (plan.rows + block_rows - 1) / block_rows;
+    const int64_t blocks = block_rows ? (plan.rows + block_rows - 1) / block_rows : plan.rows;
     return {counts.data() + part.counts, index.data() + part.index, part.tiles, tile_inputs, blocks, block_rows, 0};
   }
 

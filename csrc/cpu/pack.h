@@ -156,9 +156,12 @@ class Packer {
     const int64_t first = std::min(strip.first, plan_.places[0]);
     const int64_t bottom = std::min(strip.height, plan_.places[0] - first) + plan_.reach[0];
     int64_t top = 0;
+    bool cleared = false;  // what lies beyond x, by the strip before
     if (!ready_ || !strip.like(strip_)) {
       lay(strip);
-    } else if (int64_t(rows_.size()) == count && std::equal(rows, rows + count, rows_.begin())) {
+      cleared = true;
+    } else if (cleared = first == strip_.first;
+               int64_t(rows_.size()) == count && std::equal(rows, rows + count, rows_.begin())) {
       if (first == strip_.first) return x_;
       if (first == strip_.first + strip_.height) top = plan_.reach[0];
     }
@@ -169,7 +172,7 @@ class Packer {
     const int64_t s = plan_.plane_stride[0], at = first * s - plan_.lead[0];
     const int64_t from = std::min(plan_.in[0], std::max<int64_t>(0, at + top * s));
     const int64_t to = std::max(from, std::min(plan_.in[0], at + bottom * s));
-    for (int64_t row = top; row < bottom; ++row)
+    for (int64_t row = top; row < bottom && !cleared; ++row)
       for (int64_t a = 0; a < s; ++a)
         if (const int64_t h = at + row * s + a; h < 0 || h >= plan_.in[0]) clear(row, a);
     if (to == from) return x_;

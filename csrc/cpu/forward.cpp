@@ -702,8 +702,8 @@ class Runner {
         const int64_t here = std::min<int64_t>(L, unit.count - lane);
         for (int64_t s = 0; s < here; ++s) to[s] = job_.output(unit.start + lane + s) + first;
         Lanes<T> m{to, here, joined_ * pixels_, y, place_.data() + lane / L * joined_ * pixels_};
-        m.stream = job_.stream_ && first % L == 0 && m.length % L == 0 && job_.out_ % L == 0;
         m.planes = rows / joined_;
+        m.stream = job_.stream_ && first % L == 0 && m.length % L == 0 && (m.planes == 1 || job_.out_ % L == 0);
         m.row_step = job_.out_;
         m.lanes_step = y_row_;
         k_.from_lanes(m);

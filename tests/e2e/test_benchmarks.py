@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,20 +128,25 @@ def test_network_training_step_moves_weights():
     assert any(not torch.equal(old, new) for old, new in zip(before, call.parameters, strict=True))
 
 
-def test_round_robin_times_everybody_in_turn_and_the_slow_less_often():
-    calls = {"quick": 0, "slow": 0}
+def test_round_robin_times_everybody_in_turn_and_the_slow_less_often(monkeypatch):
+    seconds, calls, now = {"quick": 0.002, "slow": 1.0}, {"quick": 0, "slow": 0}, 0.0
 
-    def run(name, repetitions):
+    def clock():
+        return now
+
+    def run(name):
+        nonlocal now
         calls[name] += 1
-        for _ in range(repetitions):
-            torch.ones(10_000).sum()
+        now += seconds[name]
 
-    robin = RoundRobin({"quick": lambda: run("quick", 1), "slow": lambda: run("slow", 5000)})
+    monkeypatch.setattr("benchmarks.timing.time", SimpleNamespace(thread_time=clock, perf_counter=clock))
+    robin = RoundRobin({"quick": lambda: run("quick"), "slow": lambda: run("slow")})
     rounds = robin.rounds(0.01)
     for _ in range(rounds):
         robin.round()
     timings = robin.timings()
-    assert timings["quick"].median < timings["slow"].median
+    assert timings["quick"].median == pytest.approx(0.002)
+    assert timings["slow"].median == pytest.approx(1)
     assert timings["quick"].blocks == rounds
     assert 3 <= timings["slow"].blocks < rounds
     assert calls["slow"] == 2 + timings["slow"].blocks

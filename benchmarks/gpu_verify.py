@@ -57,6 +57,8 @@ SUITES = {
         ),
     ),
 }
+# As they are: run again in one process, pytest would escape names that it has escaped before.
+NAMES = ("-o", "disable_test_id_escaping_and_forfeit_all_rights_to_community_support=true")
 TOGETHER = 4  # tests that one call of pytest runs: it takes a moment to collect them
 
 _EXAMPLE = """example:
@@ -91,8 +93,9 @@ def suite_of(test: str) -> str:
 def collected() -> list[str]:
     """Every test there is, by its pytest name."""
     tests = [test for suite in SUITES.values() for test in suite.tests]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", *tests]
-    listed = subprocess.run(command, cwd=ROOT, env=os.environ | {"RTL_VERIFY_GPU": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", *NAMES, *tests]
+    environment = os.environ | {"RTL_VERIFY_GPU": "1", "PYTHONUTF8": "1"}
+    listed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
     if listed.returncode:
         raise RuntimeError(f"the tests cannot be collected:\n{listed.stdout}{listed.stderr}")
     return [line for line in listed.stdout.splitlines() if "::" in line]
@@ -131,7 +134,7 @@ def run(tests: Sequence[str]) -> list[Row]:
     os.chdir(ROOT)
     recorder, printed = _Recorder(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = pytest.main(["-p", "no:cacheprovider", "-q", *tests], plugins=[recorder])
+        code = pytest.main(["-p", "no:cacheprovider", "-q", *NAMES, *tests], plugins=[recorder])
     if len(recorder.rows) != len(tests) or code not in (0, 1, 5):
         raise RuntimeError(f"pytest ended with {code!r} on {tests}:\n{printed.getvalue()}")
     return recorder.rows
@@ -159,7 +162,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows of the report at `path` that are of the sources as they are now."""
     if not path.exists():
         return []
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     current = {name for name in SUITES if report["sources"][name] == digest(name)}
     return [row for row in report["rows"] if suite_of(row["test"]) in current]
 
@@ -177,8 +180,8 @@ def write(path: Path, rows: Iterable[dict[str, Any]], sources: dict[str, str]) -
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w") as file:
-            json.dump(report, file, indent=1)
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

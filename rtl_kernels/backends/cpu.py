@@ -17,16 +17,24 @@ from .. import ops
 
 name = "cpu"
 
+_INSTALL = "pip install --no-build-isolation ."
+
+# What the library defines itself, beside the operators of ops.py.
+_DEFINED = ("cpu_level", "cpu_levels", "cpu_cache_bytes", "cpu_cache_limit", "cpu_scale_rows", "cpu_group_rows")
+
 
 def _load() -> str | None:
     """Load the compiled library; why it cannot be, or None."""
     built = sorted(Path(__file__).parent.parent.glob("_cpu*.so"))
     if not built:
-        return "the extension is not built (reinstall with a C++ compiler: pip install --no-build-isolation .)"
+        return f"the extension is not built (reinstall with a C++ compiler: {_INSTALL})"
     try:
         torch.ops.load_library(str(built[0]))
     except OSError as error:
         return f"{built[0].name} cannot be loaded: {error}"
+    missing = [operator for operator in _DEFINED if not hasattr(torch.ops.rtl_kernels, operator)]
+    if missing:
+        return f"{built[0].name} was built from other sources, without {missing[0]} (reinstall: {_INSTALL})"
     return None
 
 

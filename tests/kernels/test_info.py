@@ -25,6 +25,13 @@ def test_it_collects_versions_backends_and_every_operator():
     assert json.loads(json.dumps(collected)) == collected
 
 
+@pytest.mark.skipif(cpu.unavailable is not None, reason="no compiled library")
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    assert cpu._load() is None
+    monkeypatch.setattr(cpu, "_DEFINED", (*cpu._DEFINED, "cpu_of_tomorrow"))
+    assert "built from other sources, without cpu_of_tomorrow (reinstall: pip install" in cpu._load()
+
+
 def test_it_says_why_a_backend_was_refused():
     row = {"operation": "masked_linear", "device": "cpu", "backend": "reference", "refused": {"cpu": "not built"}}
     rows = [{**row, "dtype": "float32"}, {**row, "dtype": "float16"}, {**row, "dtype": "float64", "refused": {}}]

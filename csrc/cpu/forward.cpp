@@ -1,6 +1,7 @@
 #include <array>
 #include <memory>
 
+#include "flat.h"
 #include "operators.h"
 #include "pack.h"
 #include "program.h"
@@ -14,7 +15,7 @@ struct Segment {
   std::shared_ptr<const Structure> structure;
 };
 
-enum class Path { kInPlace, kStrip, kFilter, kFew };
+enum class Path { kInPlace, kStrip, kFilter, kFlat, kFew };
 
 // A piece of work that writes outputs no other piece does, so that threads can take them in any order.
 struct Unit {
@@ -30,6 +31,7 @@ class Runner {
       : plan_(plan), batch_(batch), masks_(masks), call_(call), k_(kernels<T>()) {
     in_ = plan.in[0] * plan.in[1];
     out_ = plan.out[0] * plan.out[1];
+    if (Reads::suit(plan, k_, std::min<int64_t>(64, 8 * k_.lanes))) reads_ = std::make_unique<Reads>(plan, k_.lanes);
     const int64_t row = plan.groups * plan.rows * out_ * int64_t(sizeof(T)), vector = k_.lanes * int64_t(sizeof(T));
     stream_ = row * batch.offsets[batch.masks + 1] * batch.inner >= kStream && row % vector == 0 &&
               call.y_row * int64_t(sizeof(T)) % vector == 0 && !call.residual &&
@@ -39,7 +41,7 @@ class Runner {
       if (stop == start) continue;
       const uint32_t* words = g ? masks.words + (g - 1) * masks.mask_words : nullptr;
       segments_.push_back({g - 1, start, stop, nullptr});
-      if (!depthwise() && !few(segments_.back()))
+      if (!reads_ && !depthwise() && !few(segments_.back()))
         segments_.back().structure =
             structure_of(plan, words, masks.row_words, lists(segments_.back()) ? Kind::kLists : Kind::kBuckets);
       divide(int64_t(segments_.size()) - 1);
@@ -106,6 +108,13 @@ class Runner {
     const int64_t start = segments_[s].start, count = segments_[s].stop - start;
     const int64_t height = plan_.places[0], width = plan_.places[1];
     const int64_t plane = plan_.plane_width() * (height + plan_.reach[0]);
+    if (reads_) {
+      // Up to eight vectors at once, of several samples where a plane has fewer.
+      const int64_t each = in_ > 4 * L ? 1 : in_ > 2 * L ? 2 : in_ > L ? 4 : 8;
+      for (int64_t i = 0; i < count; i += each)
+        units_.push_back({s, start + i, std::min(each, count - i), Path::kFlat, {}});
+      return;
+    }
     if (depthwise()) {
       const int64_t rows = std::max<int64_t>(8, 8192 / (plan_.plane_width() * plan_.planes()));
       for (int64_t i = 0; i < count; ++i)
@@ -190,6 +199,10 @@ class Runner {
 
   const T* weight(const Segment& segment, int64_t group) const {
     return call_.weight + std::max<int64_t>(0, segment.mask) * call_.weight_stride + group * plan_.group_weights();
+  }
+
+  const uint32_t* words(const Segment& segment) const {
+    return segment.mask < 0 ? nullptr : masks_.words + segment.mask * masks_.mask_words;
   }
 
   // What is done to the sums of rows `row`, … of a group.
@@ -378,6 +391,8 @@ class Runner {
         const Segment& segment = job_.segments_[unit.segment];
         if (unit.path == Path::kInPlace)
           in_place(unit, segment);
+        else if (unit.path == Path::kFlat)
+          flat(unit, segment);
         else if (unit.path == Path::kFilter)
           filter(unit, segment);
         else if (unit.path == Path::kFew)
@@ -426,9 +441,7 @@ class Runner {
         m.samples = unit.count;
         m.inputs = plan_.channels;
         m.rows = unit.strip.height;
-        if (segment.mask >= 0)
-          m.words = job_.masks_.words + segment.mask * job_.masks_.mask_words +
-                    (g * plan_.rows + row) * job_.masks_.row_words;
+        if (segment.mask >= 0) m.words = job_.words(segment) + (g * plan_.rows + row) * job_.masks_.row_words;
         m.words_row = job_.masks_.row_words;
         m.w = job_.weight(segment, g) + row * plan_.channels;
         m.w_row = plan_.channels;
@@ -436,6 +449,23 @@ class Runner {
         k_.few(m);
         job_.add_residual(unit, g * plan_.rows + row, unit.strip.height, 0, 1);
       }
+    }
+
+    void flat(const Unit& unit, const Segment& segment) {
+      const After after = job_.after(segment, 0);
+      if (last_ != unit.segment) {
+        last_ = unit.segment;
+        flat_.keep(plan_, *job_.reads_, job_.words(segment), job_.masks_.row_words, job_.weight(segment, 0), after.scale);
+      }
+      const T* x[8];
+      T* y[8];
+      for (int64_t s = 0; s < unit.count; ++s) {
+        x[s] = job_.input(unit.start + s);
+        y[s] = job_.output(unit.start + s);
+      }
+      k_.flat({x, y, unit.count, plan_.groups, job_.out_, flat_.taps.data(), flat_.first.data(), after.bias, after.relu,
+               job_.stream_ && job_.out_ % k_.lanes == 0});
+      job_.add_residual(unit, 0, plan_.groups, 0, job_.out_);
     }
 
     void filter(const Unit& unit, const Segment& segment) {
@@ -446,8 +476,7 @@ class Runner {
         taps_.assign(1, 0);
         values_.clear();
         at_.clear();
-        const uint32_t* words =
-            segment.mask < 0 ? nullptr : job_.masks_.words + segment.mask * job_.masks_.mask_words;
+        const uint32_t* words = job_.words(segment);
         const Phase& phase = plan_.phases[0];
         const T* scale = job_.after(segment, 0).scale;
         for (int64_t g = 0; g < plan_.groups; ++g) {
@@ -758,6 +787,7 @@ class Runner {
     std::vector<std::vector<Piece>> pieces_;
     std::vector<int64_t> place_;
     int64_t y_row_ = 0, y_size_ = 0, top_ = 0, pixels_ = 0, joined_ = 1;
+    FlatTaps<T> flat_;
     std::vector<int64_t> taps_, at_;
     std::vector<T> values_;
   };
@@ -771,6 +801,7 @@ class Runner {
   static constexpr int64_t kStream = int64_t(16) << 20;
 
   int64_t in_, out_;
+  std::unique_ptr<Reads> reads_;  // of a layer that is taken flat
   bool stream_ = false;
   std::vector<Segment> segments_;
   std::vector<Unit> units_;

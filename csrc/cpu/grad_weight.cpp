@@ -1,5 +1,6 @@
 #include <memory>
 
+#include "flat.h"
 #include "grad_weight.h"
 #include "pack.h"
 #include "structure.h"
@@ -15,6 +16,7 @@ class Gradient {
       : plan_(plan), batch_(batch), masks_(masks), call_(call), parallel_(parallel), k_(kernels<T>()) {
     in_ = plan.in[0] * plan.in[1];
     out_ = plan.out[0] * plan.out[1];
+    if (Reads::suit(plan, k_, 16)) reads_ = std::make_unique<Reads>(plan, k_.lanes);
   }
 
   // Masks one after another, and a mask's samples piece by piece, so that sums do not depend on the threads: these
@@ -25,6 +27,10 @@ class Gradient {
       if (stop == start) continue;
       words_ = g ? masks_.words + (g - 1) * masks_.mask_words : nullptr;
       dw_ = call_.dw + std::max<int64_t>(0, g - 1) * call_.weight_stride;
+      if (reads_) {
+        flat(start, stop);
+        continue;
+      }
       structure_ = structure_of(plan_, words_, masks_.row_words, Kind::kBlocks);
       segment(start, stop);
     }
@@ -41,6 +47,25 @@ class Gradient {
     const int64_t r = row / batch_.inner, rest = row % batch_.inner;
     const int64_t sample = batch_.order ? batch_.order[r] : r % call_.output_samples;
     return call_.output + (sample * batch_.inner + rest) * plan_.groups * plan_.rows * out_;
+  }
+
+  void flat(int64_t start, int64_t stop) {
+    flat_.keep(plan_, *reads_, words_, masks_.row_words, nullptr, nullptr);
+    // So many that a channel's stay in L1 from tap to tap, while the lanes are seldom added up.
+    constexpr int64_t samples = 128;
+    parallel_(plan_.groups, [&](int64_t begin, int64_t end) {
+      std::vector<const T*> x(samples), dy(samples);
+      for (int64_t i = start; i < stop; i += samples) {
+        const int64_t here = std::min(samples, stop - i);
+        for (int64_t s = 0; s < here; ++s) {
+          x[s] = input(i + s);
+          dy[s] = output(i + s);
+        }
+        for (int64_t g = begin; g < end; ++g)
+          k_.flat_dots({x.data(), dy.data(), here, g * in_, in_, flat_.taps.data() + flat_.first[g],
+                        flat_.first[g + 1] - flat_.first[g], dw_ + g * plan_.group_weights()});
+      }
+    });
   }
 
   void segment(int64_t start, int64_t stop) {
@@ -183,6 +208,8 @@ class Gradient {
   const uint32_t* words_ = nullptr;
   T* dw_ = nullptr;
   std::shared_ptr<const Structure> structure_;
+  std::unique_ptr<Reads> reads_;  // of a layer that is taken flat
+  FlatTaps<T> flat_;
   std::unique_ptr<Packer<T>> packers_[2];
   Scratch dy_;
   bool ready_ = false;

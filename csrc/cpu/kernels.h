@@ -239,6 +239,45 @@ struct Filter {
   bool stream;    // y goes past the caches: its rows are aligned to whole vectors, and whole
 };
 
+// A tap that a channel's filter keeps: pixel p of a plane reads pixel p + at of the input, where bit p mod lanes of
+// inside[p / lanes] is set, and nothing elsewhere.
+template <class T>
+struct FlatTap {
+  const uint32_t* inside;
+  int64_t at;
+  int64_t tap;
+  T weight;
+};
+
+// Channels against a filter each, at unit stride, planes as large as the input's: y[p] = act(bias + Σ_taps w · x[p + at]).
+// Channel c is at c · pixels of every sample.
+template <class T>
+struct Flat {
+  const T* const* x;
+  T* const* y;
+  int64_t samples;
+  int64_t channels;
+  int64_t pixels;  // of at most eight vectors
+  const FlatTap<T>* taps;  // kept ones alone: a channel's from first[channel] to first[channel + 1]
+  const int64_t* first;
+  const T* bias;  // or null
+  bool relu;
+  bool stream;  // y goes past the caches: planes are aligned to whole vectors, and whole
+};
+
+// g[tap] += Σ_samples Σ_p dy[p] · x[p + at] of one channel, for `count` taps.
+template <class T>
+struct FlatDots {
+  const T* const* x;
+  const T* const* dy;
+  int64_t samples;
+  int64_t plane;  // where the channel's lies in a sample
+  int64_t pixels;
+  const FlatTap<T>* taps;
+  int64_t count;
+  T* g;
+};
+
 // y[r][w] = act(y[r][w] + x[r][w]) for `rows` rows of `width` elements.
 template <class T>
 struct Add {
@@ -270,6 +309,8 @@ struct Kernels {
   void (*copy)(const Copy<T>&);
   void (*split)(const Split<T>&);
   void (*filter)(const Filter<T>&);
+  void (*flat)(const Flat<T>&);           // these two: null where there are no loads of a part of a vector
+  void (*flat_dots)(const FlatDots<T>&);
   void (*add)(const Add<T>&);
   void (*norm_sum)(const Norm<T>&);       // first += Σ x
   void (*norm_squares)(const Norm<T>&);   // first += Σ (x − a)²

@@ -417,6 +417,11 @@ void multiply(const Multiply<T>& m) {
 
 // ---- copies of short rows, for which a call of memcpy each would cost more than the bytes
 
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
 template <class T, int Bytes>
 RTL_INLINE void copy_bytes(const T* from, T* to) {
   typedef char V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));
@@ -1083,9 +1088,27 @@ void split(const Split<T>& m) {
 
 // ---- depthwise
 
+// The first `count` lanes, fewer than there are, in powers of two: stores by a mask take longer.
+template <class T>
+RTL_INLINE void store_first(T* y, typename Vector<T>::type v, int64_t count) {
+  constexpr int L = Vector<T>::lanes;
+  T part[L];
+  store(part, v);
+  const T* from = part;
+  auto some = [&](auto lanes) __attribute__((always_inline)) {
+    constexpr int N = decltype(lanes)::value;
+    if constexpr (N < L) {
+      if (count & N) copy_bytes<T, N * int(sizeof(T))>(from, y), from += N, y += N;
+    }
+  };
+  some(Int<8>());
+  some(Int<4>());
+  some(Int<2>());
+  some(Int<1>());
+}
+
 template <class T, int H>
 RTL_INLINE void filter_rows(const Filter<T>& m, int64_t h, int64_t w) {
-  constexpr int L = Vector<T>::lanes;
   typename Vector<T>::type sum[H];
 #pragma GCC unroll 8
   for (int r = 0; r < H; ++r) sum[r] = splat(m.bias);
@@ -1104,16 +1127,15 @@ RTL_INLINE void filter_rows(const Filter<T>& m, int64_t h, int64_t w) {
   if (m.stream) {
 #pragma GCC unroll 8
     for (int r = 0; r < H; ++r) stream(y + r * m.y_row, sum[r]);
-  } else if (m.width - w >= L) {
-#pragma GCC unroll 8
-    for (int r = 0; r < H; ++r) store(y + r * m.y_row, sum[r]);
   } else {
+    // A row narrower than a vector goes out as one: the row below overwrites what is too much, but for the last one.
+    const bool last = m.width < Vector<T>::lanes && h + H == m.height;
 #pragma GCC unroll 8
-    for (int r = 0; r < H; ++r) {
-      T part[L];
-      store(part, sum[r]);
-      for (int64_t i = 0; i < m.width - w; ++i) y[r * m.y_row + i] = part[i];
-    }
+    for (int r = 0; r + 1 < H; ++r) store(y + r * m.y_row, sum[r]);
+    if (last)
+      store_first(y + (H - 1) * m.y_row, sum[H - 1], m.width);
+    else
+      store(y + (H - 1) * m.y_row, sum[H - 1]);
   }
 }
 
@@ -1121,12 +1143,152 @@ template <class T>
 void filter(const Filter<T>& m) {
   constexpr int L = Vector<T>::lanes;
   for (int64_t w = 0; w < m.width; w += L) {
+    // The last vector of a row that is not a multiple of them begins earlier.
+    const int64_t from = w + L > m.width && m.width > L ? m.width - L : w;
     int64_t h = 0;
-    for (; h + 8 <= m.height; h += 8) filter_rows<T, 8>(m, h, w);
-    for (; h + 4 <= m.height; h += 4) filter_rows<T, 4>(m, h, w);
-    for (; h < m.height; ++h) filter_rows<T, 1>(m, h, w);
+    for (; h + 8 <= m.height; h += 8) filter_rows<T, 8>(m, h, from);
+    for (; h + 4 <= m.height; h += 4) filter_rows<T, 4>(m, h, from);
+    for (; h < m.height; ++h) filter_rows<T, 1>(m, h, from);
   }
 }
+
+// ---- depthwise, planes taken flat
+
+#if RTL_VECTOR_BYTES == 64
+RTL_INLINE Vector<float>::type load_inside(const float* x, uint32_t inside) {
+  return (Vector<float>::type)_mm512_maskz_loadu_ps(__mmask16(inside), x);
+}
+RTL_INLINE Vector<double>::type load_inside(const double* x, uint32_t inside) {
+  return (Vector<double>::type)_mm512_maskz_loadu_pd(__mmask8(inside), x);
+}
+#elif RTL_VECTOR_BYTES == 32
+// A lane is loaded where its sign is set.
+RTL_INLINE Vector<float>::type load_inside(const float* x, uint32_t inside) {
+  const __m256i shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+  return (Vector<float>::type)_mm256_maskload_ps(x, _mm256_sllv_epi32(_mm256_set1_epi32(int(inside)), shifts));
+}
+RTL_INLINE Vector<double>::type load_inside(const double* x, uint32_t inside) {
+  const __m256i shifts = _mm256_setr_epi64x(63, 62, 61, 60);
+  return (Vector<double>::type)_mm256_maskload_pd(x, _mm256_sllv_epi64(_mm256_set1_epi64x(inside), shifts));
+}
+#endif
+
+#if RTL_VECTOR_BYTES >= 32
+
+// Planes of V vectors, of S samples.
+template <class T, int S, int V>
+__attribute__((noinline)) void flat_tile(const Flat<T>& m, int64_t channel, int64_t s0) {
+  constexpr int L = Vector<T>::lanes;
+  const int64_t place = channel * m.pixels;
+  const T* x[S];
+  typename Vector<T>::type sum[S][V];
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s) {
+    x[s] = m.x[s0 + s] + place;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[s][v] = splat(m.bias ? m.bias[channel] : T(0));
+  }
+  const FlatTap<T>* const end = m.taps + m.first[channel + 1];
+  for (const FlatTap<T>* tap = m.taps + m.first[channel]; tap != end; ++tap) {
+    const typename Vector<T>::type value = splat(tap->weight);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) sum[s][v] += value * load_inside(x[s] + tap->at + v * L, tap->inside[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s) {
+    T* y = m.y[s0 + s] + place;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const typename Vector<T>::type result = m.relu ? relu(sum[s][v]) : sum[s][v];
+      if (m.stream)
+        stream(y + v * L, result);
+      else if (m.pixels - v * L >= L)
+        store(y + v * L, result);
+      else
+        store_first(y + v * L, result, m.pixels - v * L);
+    }
+  }
+}
+
+template <class T>
+void flat(const Flat<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  for (int64_t c = 0; c < m.channels; ++c) {
+    int64_t s = 0;
+#define RTL_TILES(S, V) \
+  for (; s + S <= m.samples; s += S) flat_tile<T, S, V>(m, c, s)
+    switch ((m.pixels + L - 1) / L) {
+      case 1: RTL_TILES(8, 1); RTL_TILES(4, 1); RTL_TILES(2, 1); RTL_TILES(1, 1); break;
+      case 2: RTL_TILES(4, 2); RTL_TILES(2, 2); RTL_TILES(1, 2); break;
+      case 3: RTL_TILES(2, 3); RTL_TILES(1, 3); break;
+      case 4: RTL_TILES(2, 4); RTL_TILES(1, 4); break;
+      case 5: RTL_TILES(1, 5); break;
+      case 6: RTL_TILES(1, 6); break;
+      case 7: RTL_TILES(1, 7); break;
+      default: RTL_TILES(1, 8); break;
+    }
+#undef RTL_TILES
+  }
+}
+
+template <class T, int Q>
+RTL_INLINE void flat_dots_of(const FlatDots<T>& m, const FlatTap<T>* taps, typename Vector<T>::type* sums) {
+  constexpr int L = Vector<T>::lanes;
+  typename Vector<T>::type sum[Q];
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) sum[q] = typename Vector<T>::type{};
+  for (int64_t s = 0; s < m.samples; ++s) {
+    const T* dy = m.dy[s] + m.plane;
+    const T* x[Q];
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) x[q] = m.x[s] + m.plane + taps[q].at;
+    for (int64_t p = 0, v = 0; p < m.pixels; p += L, ++v) {
+      const bool whole = p + L <= m.pixels;
+      const typename Vector<T>::type d = whole ? load(dy + p) : load_inside(dy + p, (1u << (m.pixels - p)) - 1);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) sum[q] += d * load_inside(x[q] + p, taps[q].inside[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) sums[q] = sum[q];
+}
+
+template <class T>
+void flat_dots(const FlatDots<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  for (int64_t i = 0; i < m.count; i += L) {
+    const FlatTap<T>* taps = m.taps + i;
+    const int64_t count = m.count - i < L ? m.count - i : L;
+    typename Vector<T>::type sums[L] = {};
+    const int64_t parts = (count + 3) / 4;
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t q = count * p / parts;
+      switch (count * (p + 1) / parts - q) {
+        case 1: flat_dots_of<T, 1>(m, taps + q, sums + q); break;
+        case 2: flat_dots_of<T, 2>(m, taps + q, sums + q); break;
+        case 3: flat_dots_of<T, 3>(m, taps + q, sums + q); break;
+        default: flat_dots_of<T, 4>(m, taps + q, sums + q); break;
+      }
+    }
+    T part[L];
+    store(part, totals<T>(sums));
+    for (int64_t q = 0; q < count; ++q) m.g[taps[q].tap] += part[q];
+  }
+}
+
+template <class T>
+constexpr void (*kFlat)(const Flat<T>&) = flat<T>;
+template <class T>
+constexpr void (*kFlatDots)(const FlatDots<T>&) = flat_dots<T>;
+#else
+template <class T>
+constexpr void (*kFlat)(const Flat<T>&) = nullptr;
+template <class T>
+constexpr void (*kFlatDots)(const FlatDots<T>&) = nullptr;
+#endif
 
 // ---- what is added to a result
 
@@ -1161,7 +1323,7 @@ template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes, kListVectors * Vector<T>::lanes, kPair,
           kOuterRows, kOuterVectors * Vector<T>::lanes,
-          multiply<T>, convolve<T>, correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, add<T>,
+          multiply<T>, convolve<T>, correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, kFlat<T>, kFlatDots<T>, add<T>,
           norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 

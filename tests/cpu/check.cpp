@@ -187,6 +187,14 @@ std::vector<Case> named() {
       conv("many groups", 300, 300, 300, kSame, 5, 5, {1, 16, 3}, {.5, .3}),
       conv("depthwise", 20, 20, 20, kSame, 16, 16, {3, 9, 8}, {.5, .3}),
       conv("depthwise, small planes", 20, 20, 20, kSame, 4, 4, {5, 33, 8}, {.5, .3}),
+      conv("depthwise, planes of one vector", 6, 6, 6, kSame, 3, 4, {2, 9, 17}, {.5, .3}),
+      conv("depthwise, planes of three vectors", 6, 6, 6, kSame, 6, 7, {2, 9, 3}, {.5, .3}),
+      conv("depthwise, planes of many vectors", 6, 6, 6, kSame, 14, 14, {2, 9, 3}, {.5, .3}),
+      conv("depthwise, dilated past the plane", 6, 6, 6, {{5, 5}, {1, 1}, {6, 6}, {3, 3}}, 5, 6, {2, 9, 3}, {.5, .3}),
+      conv("depthwise, asymmetric padding", 6, 6, 6, {{2, 4}, {1, 1}, {0, 1}, {1, 1}, {1, 1}}, 6, 7, {4, 16, 5}, {.5, .3}),
+      conv("depthwise, smaller than its input", 6, 6, 6, {{3, 3}}, 19, 18, {1, 4, 4}, {.5, 0}),
+      every(conv("depthwise, smaller, all masks", 6, 6, 6, {{3, 3}}, 19, 18, {}, {.5, .3}), 3),
+      untied(conv("depthwise, smaller, untied", 6, 6, 6, {{3, 3}}, 19, 18, {0, 4, 5}, {.5, .3})),
       conv("depthwise, stride 2", 6, 6, 6, {{5, 5}, {2, 2}, {2, 2}}, 33, 30, {1, 4, 4}, {.5, .3}),
       conv("depthwise, no tap kept, all kept", 6, 6, 6, kSame, 17, 19, {1, 4, 4}, {0, 1}),
       conv("depthwise, two filters a channel", 12, 6, 6, kSame, 9, 9, {3, 16, 1}, {.5, .3}),
@@ -212,6 +220,7 @@ std::vector<Case> far_named() {
       conv("3×3, stride 2, groups", 12, 9, 3, {{3, 3}, {2, 2}, {1, 1}}, 9, 8, {3, 17, 5}, {.5, .1}),
       untied(conv("3×3, untied", 8, 6, 1, {{3, 3}}, 7, 7, {0, 17, 5}, {.5, .3})),
       conv("depthwise", 20, 20, 20, kSame, 16, 16, {3, 9, 8}, {.5, .3}),
+      conv("depthwise, smaller than its input", 20, 20, 20, {{3, 3}}, 18, 18, {3, 9, 8}, {.5, .3}),
       untied(conv("depthwise, untied", 6, 6, 6, kSame, 16, 17, {0, 4, 5}, {.5, .3})),
   };
 }
@@ -235,7 +244,14 @@ Case drawn(std::mt19937& random, int number) {
         if (kind == 1) w.kernel[d] = 1;
         if (kind == 1 && random() % 4) w.stride[d] = 1, w.padding[d] = w.after[d] = 0;
       }
-      if (kind == 4) groups = up_to(1, 30), lead = pick({1, 1, 2}), second = 1;
+      if (kind == 4) {
+        groups = up_to(1, 30), lead = pick({1, 1, 2}), second = 1;
+        const bool same = random() % 2;  // outputs as large as inputs
+        for (int d = 0; d < 2 && same; ++d) {
+          const int64_t beside = w.dilation[d] * (w.kernel[d] - 1);
+          w.stride[d] = 1, w.padding[d] = beside / 2, w.after[d] = beside % 2;
+        }
+      }
       c = conv("", groups * lead, groups * second, groups, w, up_to(1, 24), up_to(1, 24), {}, {});
     }
     if (c.out[0] < 1 || c.out[1] < 1) continue;
@@ -356,6 +372,24 @@ template <class T>
 void same_bits(const char* what, const std::string& how, const T* got, const T* first, int64_t count) {
   if (std::memcmp(got, first, size_t(count) * sizeof(T)))
     throw Mismatch(std::string(what) + " differs " + how + " from one thread's");
+}
+
+// `call` on one thread makes result 0; results 1 and 2, made in other ways, have to hold the same bits. Two callers at
+// once come first: both meet a mask that is not compiled yet.
+void in_every_way(const std::function<void(const Parallel&, int)>& call,
+                  const std::function<void(const std::string&, int)>& same) {
+  std::thread one([&] { call(on(2), 1); }), two([&] { call(on(2), 2); });
+  one.join();
+  two.join();
+  call(on(plant == Plant::kRace ? 2 : 1), 0);
+  same("by one of two callers at once", 1);
+  same("by the other of two callers at once", 2);
+  for (int threads : {2, 3, 5}) {
+    call(on(threads), 1);
+    same("on " + std::to_string(threads) + " threads", 1);
+  }
+  call(backwards, 1);
+  same("piece by piece", 1);
 }
 
 template <class T>
@@ -497,24 +531,6 @@ class Run {
 
   Masks masks() const { return {words_->data(), mask_words_, row_words_}; }
 
-  // `call` on one thread makes result 0; results 1 and 2, made in other ways, have to hold the same bits. Two callers at
-  // once come first: both meet a mask that is not compiled yet.
-  void in_every_way(const std::function<void(const Parallel&, int)>& call,
-                    const std::function<void(const std::string&, int)>& same) const {
-    std::thread one([&] { call(on(2), 1); }), two([&] { call(on(2), 2); });
-    one.join();
-    two.join();
-    call(on(plant == Plant::kRace ? 2 : 1), 0);
-    same("by one of two callers at once", 1);
-    same("by the other of two callers at once", 2);
-    for (int threads : {2, 3, 5}) {
-      call(on(threads), 1);
-      same("on " + std::to_string(threads) + " threads", 1);
-    }
-    call(backwards, 1);
-    same("piece by piece", 1);
-  }
-
   void scatter_or_gather(bool scatter) {
     const char* const what = scatter ? "scatter" : "gather";
     const int64_t size = scatter ? c_.a_size() : c_.b_size(), vectors = rows_ * c_.inner;
@@ -616,6 +632,124 @@ class Run {
   std::unique_ptr<Exact> gathered_, scattered_, dw_;
 };
 
+// Batch norm of groups of 3, 0 and 5 samples, its derivatives, and the same with fixed coefficients.
+template <class T>
+class Norms {
+ public:
+  Norms(int64_t channels, int64_t pixels, uint32_t seed) : channels_(channels), pixels_(pixels) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal;
+    for (Buffer<T>* to : {&x_, &dy_})
+      for (int64_t i = 0; i < size(); ++i) to->data()[i] = T(normal(random) + (to == &x_ ? 3 : 0));
+    for (Buffer<T>* to : {&weight_, &bias_})
+      for (int64_t i = 0; i < statistics(); ++i) to->data()[i] = T(normal(random));
+  }
+
+  void check() {
+    using Buffers = std::vector<std::unique_ptr<Buffer<T>>>;
+    Buffers out[3];
+    in_every_way(
+        [&](const Parallel& parallel, int which) {
+          const T nan = std::numeric_limits<T>::quiet_NaN();
+          Buffers& o = out[which];
+          o.clear();
+          for (int64_t count : {size(), size(), size(), statistics(), statistics(), statistics()})
+            o.push_back(std::make_unique<Buffer<T>>(count, nan));
+          for (int i = 0; i < 2; ++i) o.push_back(std::make_unique<Buffer<T>>(statistics(), T()));
+          batch_norm<T>(batch(), {x_.data(), channels_, pixels_, weight_.data(), bias_.data(), channels_, kEps, o[0]->data(),
+                                  o[3]->data(), o[4]->data(), o[5]->data()}, parallel);
+          batch_norm_grad<T>(batch(), {dy_.data(), x_.data(), channels_, pixels_, weight_.data(), channels_, o[3]->data(),
+                                       o[5]->data(), o[1]->data(), o[6]->data(), o[7]->data()}, parallel);
+          BatchNorm<T> fixed{};
+          fixed.x = x_.data();
+          fixed.channels = channels_;
+          fixed.pixels = pixels_;
+          fixed.weight = weight_.data();
+          fixed.bias = bias_.data();
+          fixed.affine_stride = channels_;
+          fixed.y = o[2]->data();
+          batch_norm_fixed<T>(batch(), fixed, parallel);
+        },
+        [&](const std::string& how, int which) {
+          for (size_t i = 0; i < out[0].size(); ++i)
+            same_bits("batch norm", how, out[which][i]->data(), out[0][i]->data(), i < 3 ? size() : statistics());
+        });
+    for (int64_t k = 0; k < kMasks; ++k)
+      for (int64_t c = 0; c < channels_ && kOffsets[k + 1] < kOffsets[k + 2]; ++c) check_channel(k, c, out[0]);
+  }
+
+ private:
+  static constexpr int64_t kMasks = 3, kOffsets[] = {0, 0, 3, 3, 8};
+  static constexpr double kEps = 1e-5;
+
+  int64_t size() const { return kOffsets[kMasks + 1] * channels_ * pixels_; }
+  int64_t statistics() const { return kMasks * channels_; }
+  Batch batch() const { return {kOffsets, kMasks, nullptr, kOffsets[kMasks + 1], 1}; }
+
+  // One term's rounding for each addition, and a few more, of `size`, the terms' magnitudes.
+  void near(const char* what, T got, double expected, double magnitude, double count) const {
+    const double allowed = std::numeric_limits<T>::epsilon() * (8 + (sizeof(T) == 8 ? 4 * count : 0)) * magnitude;
+    ++compared;
+    if (!(std::fabs(got - expected) <= allowed))
+      throw Mismatch(std::string("batch norm's ") + what + " is " + std::to_string(double(got)) + ", expected " +
+                     std::to_string(expected) + " (" + std::to_string(channels_) + " channels of " +
+                     std::to_string(pixels_) + " pixels)");
+  }
+
+  void check_channel(int64_t k, int64_t c, const std::vector<std::unique_ptr<Buffer<T>>>& out) const {
+    const T* x = x_.data();
+    const T* dy = dy_.data();
+    const int64_t own = k * channels_ + c;
+    std::vector<int64_t> places;
+    for (int64_t row = kOffsets[k + 1]; row < kOffsets[k + 2]; ++row)
+      for (int64_t p = 0; p < pixels_; ++p) places.push_back((row * channels_ + c) * pixels_ + p);
+    const double count = double(places.size()), weight = weight_.data()[own], bias = bias_.data()[own];
+    double sum = 0, squares = 0, sum_dy = 0, product = 0, size_dy = 0, size_product = 0;
+    for (int64_t i : places) sum += x[i];
+    const double mean = sum / count;
+    for (int64_t i : places) {
+      squares += (x[i] - mean) * (x[i] - mean);
+      sum_dy += dy[i];
+      product += dy[i] * (x[i] - mean);
+      size_dy += std::fabs(dy[i]);
+      size_product += std::fabs(dy[i]) * (std::fabs(x[i]) + std::fabs(mean));
+    }
+    const double inverse = 1 / std::sqrt(squares / count + kEps), scale = weight * inverse;
+    const double slope = -scale * inverse * inverse * product / count;
+    const double size_slope = std::fabs(scale) * inverse * inverse * size_product / count;
+    near("mean", out[3]->data()[own], mean, std::fabs(mean), count);
+    near("variance", out[4]->data()[own], squares / (count - 1), squares / (count - 1) + mean * mean / count, count);
+    near("inverse_std", out[5]->data()[own], inverse, inverse * (1 + inverse * inverse * mean * mean / count), count);
+    near("dw", out[6]->data()[own], product * inverse, size_product * inverse, count);
+    near("db", out[7]->data()[own], sum_dy, size_dy, count);
+    for (int64_t i : places) {
+      const double y = (x[i] - mean) * scale + bias, size_y = (std::fabs(x[i]) + std::fabs(mean)) * std::fabs(scale) + std::fabs(bias);
+      near("y", out[0]->data()[i], y, size_y, count);
+      near("dx", out[1]->data()[i], scale * (dy[i] - sum_dy / count) + slope * (x[i] - mean),
+           std::fabs(scale) * (std::fabs(dy[i]) + size_dy / count) + size_slope * (std::fabs(x[i]) + std::fabs(mean)), count);
+      near("y of fixed coefficients", out[2]->data()[i], x[i] * weight + bias, std::fabs(x[i] * weight) + std::fabs(bias), 1);
+    }
+  }
+
+  const int64_t channels_, pixels_;
+  Buffer<T> x_{size(), T()}, dy_{size(), T()}, weight_{statistics(), T()}, bias_{statistics(), T()};
+};
+
+int failed_norms(uint32_t seed) {
+  int failed = 0;
+  for (int64_t channels : {1, 5, 37})
+    for (int64_t pixels : {1, 4, 6, 25, 64, 65, 90, 256, 300}) {
+      try {
+        Norms<float>(channels, pixels, seed).check();
+        Norms<double>(channels, pixels, seed).check();
+      } catch (const Mismatch& mismatch) {
+        std::fprintf(stderr, "MISMATCH %s\n", mismatch.what());
+        ++failed;
+      }
+    }
+  return failed;
+}
+
 template <class T>
 bool passes(const Case& c, uint32_t seed, bool far) {
   for (const bool transposed : {false, true}) {
@@ -677,6 +811,7 @@ int main(int count, char** arguments) {
     ++run;
     failed += !passes<float>(c, seed, far) || !passes<double>(c, seed, far);
   }
+  if (!far && std::string("batch norm").find(only) != std::string::npos) ++run, failed += failed_norms(seed);
   std::printf("%s: %d cases, %lld values compared, %d failed\n", level().name, run, static_cast<long long>(compared),
               failed);
   if (run == 0) std::fprintf(stderr, "no case is called '%s'\n", only.c_str());

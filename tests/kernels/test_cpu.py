@@ -162,6 +162,11 @@ CASES = {
     "many groups": conv(300, 300, (3, 3), (5, 5), 20, options={"padding": 1, "groups": 300}),
     "depthwise": conv(20, 20, (3, 3), (16, 16), 20, options={"padding": 1, "groups": 20}),
     "depthwise, small planes": conv(20, 20, (3, 3), (4, 4), 50, options={"padding": 1, "groups": 20}),
+    "depthwise, planes of a part of a vector": conv(9, 9, (3, 3), (3, 3), 40, options={"padding": 1, "groups": 9}),
+    "depthwise, planes of many vectors": conv(
+        6, 6, (5, 3), (14, 15), 9, options={"padding": (4, 1), "dilation": (2, 1), "groups": 6}
+    ),
+    "depthwise, smaller than its input": conv(20, 20, (3, 3), (18, 18), 20, options={"groups": 20}),
     "depthwise, stride 2": conv(6, 6, (5, 5), (33, 30), 9, options={"padding": 2, "groups": 6, "stride": 2}),
     "depthwise, two filters a channel": conv(12, 6, (3, 3), (9, 9), 20, options={"padding": 1, "groups": 6}),
     "conv, untied": conv(8, 6, (3, 3), (7, 7), 30, index=ragged(3, 30, dense=False), untied=True),
@@ -180,6 +185,9 @@ CASES = {
     ),
     "transposed, depthwise": conv_transpose(
         6, 6, (4, 4), (12, 13), 20, options={"groups": 6, "stride": 2, "padding": 1}
+    ),
+    "transposed, depthwise, as large as its input": conv_transpose(
+        6, 6, (3, 5), (8, 9), 20, options={"groups": 6, "padding": (1, 2)}
     ),
     "transposed, all masks for every sample": conv_transpose(4, 3, (3, 3), (4, 4), 17, index=None),
     "transposed, untied": conv_transpose(4, 3, (3, 3), (4, 4), 25, index=ragged(3, 25, dense=False), untied=True),
@@ -421,6 +429,9 @@ PAST_THE_CACHES = {  # results of more than 16 MiB over both masks, less for one
     "1×1, many inputs": conv(104, 600, (1, 1), (32, 32), 0, masks=2, index=[0, 1] * 22),
     "3×3": conv(16, 4, (3, 3), (30, 32), 0, masks=2, index=[0, 1] * 150, options={"padding": 1}),
     "depthwise": conv(72, 72, (3, 3), (16, 16), 0, masks=2, index=[0, 1] * 130, options={"padding": 1, "groups": 72}),
+    "depthwise, stride 2": conv(
+        72, 72, (3, 3), (32, 32), 0, masks=2, index=[0, 1] * 130, options={"padding": 1, "groups": 72, "stride": 2}
+    ),
 }
 
 

@@ -27,7 +27,7 @@ from rtl.extract import Extraction, PrunePlan, extract_all
 from rtl.fit import Fit, masked_copy
 from rtl.partition import Partition, by_label, whole
 from rtl.predict import Inputs
-from rtl.recipes.experiment import Details, Method, Row, check_choices, tickets_details
+from rtl.recipes.experiment import Details, Method, Row, check_choices, levels, tickets_details, what_differs
 from rtl.recipes.published import clusters
 from rtl.retrain import presented, retrain, retrained
 from rtl.run import Artefact, Run, slug
@@ -123,8 +123,7 @@ class Classification:
     @property
     def plan(self) -> PrunePlan:
         until = max(self.sparsities)
-        levels = {*self.sparsities, *(level for level in self.milestones if level <= until)}
-        return PrunePlan(self.remove, until, tuple(levels), self.stop_on_collapse, self.scope, self.trained)
+        return PrunePlan(self.remove, until, levels(self), self.stop_on_collapse, self.scope, self.trained)
 
     def switched(self, switch: str) -> Classification:
         """These settings with one changed, given as NAME=VALUE. Raises InputError if it is none or changes nothing."""
@@ -147,24 +146,8 @@ class Classification:
         return dataclasses.replace(self, switches=(), **changed)
 
     def variant(self, method: Method) -> str:
-        """What differs from the protocol's own settings for a method, as the results' "variant" says it.
-
-        The results' "protocol" says what a row was made with only together with this.
-        """
-        from rtl.recipes import RECIPES
-
-        differs = [self.tag] if self.tag else []
-        own = {f.name: f.default for f in dataclasses.fields(self)}
-        if self.recipe in RECIPES:
-            own = dataclasses.asdict(RECIPES[self.recipe](self.protocol))
-        for name in (f.name for f in dataclasses.fields(self)):
-            value = getattr(self, name)
-            if name in DEPENDS_ON[method] and value != own[name]:
-                differs.append(f"{name}={_compact(value)}")
-        beside = sorted(set(self.sparsities) - set(self.milestones))
-        if beside and self.milestones and method != "dense":  # rounds are cut short where the protocol's are not
-            differs.append(f"sparsities={_compact(tuple(beside))}")
-        return ",".join(differs)
+        """What differs from the protocol's own settings for a method, as the results' "variant" says it."""
+        return what_differs(self, method, DEPENDS_ON[method], self.tag)
 
     def fit(self, method: Method, epochs: int) -> Fit:
         tickets = method in ("rtl", "imp_multiple")
@@ -179,10 +162,6 @@ class Classification:
             lr_schedule=self.lr_schedule,
             augment=self.augment,
         )
-
-
-def _compact(value: object) -> str:
-    return "/".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
 def load(config: Classification, root: Path | None) -> tuple[Data, Data]:
@@ -377,7 +356,13 @@ def run_classification(
     if routed:
         found_by = {job: job.run.load(job.key("route")).info for job in routed}
         details["routing"] = [
-            {"variant": job.config.variant("rtl"), "sparsity": job.sparsity, "seed": job.run.seed, "router": router}
+            {
+                "protocol": config.protocol,
+                "variant": job.config.variant("rtl"),
+                "sparsity": job.sparsity,
+                "seed": job.run.seed,
+                "router": router,
+            }
             | values
             for job, info in found_by.items()
             for router, values in info["routing"].items()

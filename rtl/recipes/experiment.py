@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Trial:
         round_fit: training in a round of extraction; rtl's, for imp_multiple.
         retrain_fit: training afterwards.
         test, per, batch_size: as in `rtl.evaluate`.
-        variant: what differs from the defaults in retraining, as the results' "variant" says it.
+        variant: what differs from the protocol, as the results' "variant" says it.
+        branch: the folder of what follows extraction, for trials of one method on the same masks; "": the method's own.
     """
 
     method: Method
@@ -54,12 +56,13 @@ class Trial:
     per: Partition | None = None
     batch_size: int = 512
     variant: str = ""
+    branch: str = ""
 
     @property
     def home(self) -> Run:
-        """The folder of what follows extraction, which variants share."""
+        """The folder of what follows extraction."""
         own = self.run.child(self.method)
-        return own.child(self.variant) if self.variant else own
+        return own.child(self.branch) if self.branch else own
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +94,19 @@ class Outcome:
         return _networks(self.trial, self.masks)
 
 
-def run_trials(trials: Sequence[Trial], plan: PrunePlan, run: Run) -> list[Outcome]:
+def run_trials(
+    trials: Sequence[Trial], plan: PrunePlan, run: Run, sparsities: Sequence[float] | None = None
+) -> list[Outcome]:
     """Run trials, or resume them, all their tickets and networks handed to the same workers.
 
     Args:
         trials: in the order of the outcomes. Each has a folder of its own: no two share `home`.
         plan: how sparsity grows; the method dense is not pruned.
         run: whose workers and progress are used.
+        sparsities: those of the plan's at which networks are retrained; None: all.
 
     Returns:
-        An outcome for each trial and reported sparsity, ascending.
+        An outcome for each trial and sparsity, ascending.
 
     Raises:
         InputError: see `extract`, `retrain` and `evaluate`.
@@ -119,6 +125,7 @@ def run_trials(trials: Sequence[Trial], plan: PrunePlan, run: Run) -> list[Outco
         for trial in trials
         for found in [tickets[_extraction_run(trial).path]]
         for masks in found.levels.values()
+        if sparsities is None or trial.method == "dense" or masks.sparsity in sparsities
     ]
     work = functools.partial(_retrain_and_evaluate, [(trial, masks) for trial, _, masks in jobs])
     evaluations = run.map(work, range(len(jobs)), label="retrain and evaluate")
@@ -183,12 +190,44 @@ def tickets_details(tickets: Tickets) -> Details:
     return {"similarity": levels} | insights(diagnosis.curve, stages=stages)
 
 
-def variant(config: Any, method: Method) -> str:
-    """What differs from the defaults in a method's training, as the results' "variant" says it."""
-    settings = {"rtl": ("schedule", "batch_norm"), "imp_multiple": ("batch_norm",)}.get(method, ())
-    defaults = {"schedule": "sequential", "batch_norm": "per_ticket"}
-    named = [(name, getattr(config, name)) for name in settings if hasattr(config, name)]
-    return ",".join(f"{name}={value}" for name, value in named if value != defaults[name])
+def what_differs(config: Any, method: Method, settings: Sequence[str], first: str = "") -> str:
+    """What differs from the protocol's own settings for a method, as the results' "variant" says it.
+
+    The results' "protocol" says what a row was made with only together with this.
+
+    Args:
+        config: of a recipe.
+        method: whose row it is.
+        settings: those of the configuration that the method's result depends on.
+        first: what stands before them.
+    """
+    from rtl.recipes import RECIPES
+
+    fields = dataclasses.fields(config)
+    own = {f.name: f.default for f in fields}
+    if config.recipe in RECIPES:
+        base = RECIPES[config.recipe](config.protocol)
+        own = {f.name: getattr(base, f.name) for f in fields}
+    differs = [first] if first else []
+    for name in (f.name for f in fields if f.name in settings):
+        value = getattr(config, name)
+        if value != own[name]:
+            differs.append(f"{name}={_compact(value)}")
+    beside = sorted(set(config.sparsities) - set(config.milestones))
+    if beside and config.milestones and method != "dense":  # rounds are cut short where the protocol's are not
+        differs.append(f"sparsities={_compact(tuple(beside))}")
+    return ",".join(differs)
+
+
+def _compact(value: object) -> str:
+    if isinstance(value, tuple):
+        return "/".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    return str(value)
+
+
+def levels(config: Any) -> tuple[float, ...]:
+    """The sparsities whose masks a configuration's extraction reports: its own, and the milestones on the way."""
+    return tuple({*config.sparsities, *(level for level in config.milestones if level <= max(config.sparsities))})
 
 
 def check_choices(config: Any, of: Sequence[str] = ("seeds", "methods", "sparsities")) -> None:

@@ -29,9 +29,11 @@ from rtl.recipes.experiment import (
     Row,
     Trial,
     check_choices,
+    levels,
     row,
     run_trials,
     tickets_details,
+    what_differs,
 )
 from rtl.run import Run, slug, write_atomically
 from rtl.tasks import Pixels, psnr
@@ -39,6 +41,15 @@ from rtl.tasks import Pixels, psnr
 EPOCH_STEPS = 100  # what progress counts, and the shortest time between checkpoints
 Schedule = Literal["sequential", "mixed", "pooled"]
 SHOWN = (0.5, 0.75, 0.9)  # sparsities of the pictures
+_TRAINING = ("image", "mask", "images", "longest_side", "regions", "retrain_steps", "batch_size", "lr")
+_PRUNED = (*_TRAINING, "milestones", "remove", "round_steps")
+# The settings that a method's result depends on, beside the schedule of a row.
+DEPENDS_ON: dict[Method, tuple[str, ...]] = {
+    "rtl": _PRUNED,
+    "imp_single": _PRUNED,
+    "imp_multiple": _PRUNED,
+    "dense": _TRAINING,
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Inr:
         seeds: one whole experiment each.
         methods: what is compared.
         sparsities: at which every method is retrained and evaluated.
+        milestones: sparsities that a round is cut short at to be exact, besides those, as in `Classification`.
         remove: weights each round removes: a number, or a fraction of those that survive.
         round_steps: optimiser steps of a round, the same for each ticket and for a single network: 100 or fewer, or a
             multiple of 100.
@@ -84,6 +96,7 @@ class Inr:
     batch_size: int
     lr: float
     schedules: tuple[Schedule, ...] = ("pooled", "mixed")
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)  # both protocols'
 
     def __post_init__(self) -> None:
         check_choices(self, ("seeds", "methods", "sparsities", "schedules"))
@@ -101,7 +114,11 @@ class Inr:
 
     @property
     def plan(self) -> PrunePlan:
-        return PrunePlan(self.remove, max(self.sparsities), self.sparsities)
+        return PrunePlan(self.remove, max(self.sparsities), levels(self))
+
+    def variant(self, method: Method, schedule: Schedule) -> str:
+        """What a row of a method is called: its schedule of joint retraining, and what differs from the protocol."""
+        return what_differs(self, method, DEPENDS_ON[method], _branch(method, schedule))
 
     def fits(self, method: Method, regions: int, schedule: Schedule = "pooled") -> tuple[Fit, Fit]:
         """Training in a round, and afterwards, for an image of so many regions.
@@ -198,7 +215,7 @@ def run_inr(config: Inr, run: Run, found: Sequence[Picture]) -> tuple[list[Row],
             of_image = _trials(config, here, own)
             trials += of_image
             images += [name] * len(of_image)
-    outcomes = run_trials(trials, config.plan, run)
+    outcomes = run_trials(trials, config.plan, run, config.sparsities)
     image_of = dict(zip(map(id, trials), images, strict=True))
     groups: dict[tuple[int, Method, str, float], list[Outcome]] = {}
     for outcome in outcomes:
@@ -206,10 +223,14 @@ def run_inr(config: Inr, run: Run, found: Sequence[Picture]) -> tuple[list[Row],
         key = trial.run.seed, trial.method, trial.variant, outcome.masks.sparsity
         groups.setdefault(key, []).append(outcome)
     rows = [_mean_row(config, group) for group in groups.values()]
-    per_image = [_per_image(outcome, image_of[id(outcome.trial)]) for group in groups.values() for outcome in group]
+    per_image = [
+        _per_image(outcome, config.protocol, image_of[id(outcome.trial)])
+        for group in groups.values()
+        for outcome in group
+    ]
     details: Details = {"images": list(parts), "per_image": per_image}
-    main = ("", _variant(config.schedules[0]))
-    mine = [o for o in outcomes if o.trial.run.seed == config.seeds[0] and o.trial.variant in main]
+    main = ("", _branch("rtl", config.schedules[0]))
+    mine = [o for o in outcomes if o.trial.run.seed == config.seeds[0] and o.trial.branch in main]
     for one in found:
         _write_examples(run, one, [o for o in mine if image_of[id(o.trial)] == one.name])
     for outcome in mine:
@@ -232,14 +253,14 @@ def _trials(config: Inr, run: Run, parts: Partition) -> list[Trial]:
         own = parts if tickets else single
         for schedule in config.schedules if method == "rtl" else config.schedules[:1]:
             fits = config.fits(method, len(parts), schedule)
-            variant = _variant(schedule) if method == "rtl" else ""
-            trials.append(Trial(method, run, model, own, *fits, own, parts, batch_size=8192, variant=variant))
+            names = config.variant(method, schedule), _branch(method, schedule)
+            trials.append(Trial(method, run, model, own, *fits, own, parts, 8192, *names))
     return trials
 
 
-def _variant(schedule: Schedule) -> str:
-    """How rows of joint retraining by a schedule are called; Algorithm 2's own goes without saying."""
-    return "" if schedule == "sequential" else f"schedule={schedule}"
+def _branch(method: Method, schedule: Schedule) -> str:
+    """How joint retraining by a schedule is called; Algorithm 2's own goes without saying, others have none."""
+    return "" if schedule == "sequential" or method != "rtl" else f"schedule={schedule}"
 
 
 def _mean_row(config: Inr, group: Sequence[Outcome]) -> Row:
@@ -257,12 +278,13 @@ def _mean_row(config: Inr, group: Sequence[Outcome]) -> Row:
     return mean | {"samples": sum(o.samples for o in group), "seconds": sum(o.seconds for o in group)}
 
 
-def _per_image(outcome: Outcome, image: str) -> dict[str, Any]:
+def _per_image(outcome: Outcome, protocol: str, image: str) -> dict[str, Any]:
     trial, per = outcome.trial, outcome.trial.per
     assert per is not None
     found: dict[str, Any] = {
         "image": image,
         "method": trial.method,
+        "protocol": protocol,
         "variant": trial.variant,
         "sparsity": outcome.masks.sparsity,
         "seed": trial.run.seed,

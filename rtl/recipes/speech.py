@@ -28,15 +28,26 @@ from rtl.recipes.experiment import (
     Row,
     Trial,
     check_choices,
+    levels,
     row,
     run_trials,
     tickets_details,
-    variant,
+    what_differs,
 )
 from rtl.run import Run, slug, write_atomically
 from rtl.tasks import Enhancement
 
 HEARD: tuple[Method, ...] = ("rtl", "imp_single")  # in the examples
+_DATA = ("clip_seconds", "train_clips", "test_seconds", "test_clips", "snrs", "mix_seed")
+_TRAINING = (*_DATA, "retrain_epochs", "batch_size", "lr")
+_PRUNING = ("milestones", "remove", "round_epochs")
+# The settings that a method's result depends on.
+DEPENDS_ON: dict[Method, tuple[str, ...]] = {
+    "rtl": (*_TRAINING, *_PRUNING, "schedule", "batch_norm"),
+    "imp_single": (*_TRAINING, *_PRUNING),
+    "imp_multiple": (*_TRAINING, *_PRUNING, "batch_norm"),
+    "dense": _TRAINING,
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Speech:
         seeds: one whole experiment each.
         methods: what is compared.
         sparsities: at which every method is retrained and evaluated.
+        milestones: sparsities that a round is cut short at to be exact, besides those, as in `Classification`.
         remove: weights each round removes: a number, or a fraction of those that survive.
         round_epochs: epochs of a round of extraction, the same for every method: there are no negatives.
         retrain_epochs: likewise of retraining.
@@ -77,6 +89,7 @@ class Speech:
     retrain_epochs: int
     batch_size: int
     lr: float
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # both protocols'
     schedule: Literal["sequential", "mixed"] = "sequential"
     batch_norm: Literal["per_ticket", "shared"] = "per_ticket"
 
@@ -86,7 +99,11 @@ class Speech:
 
     @property
     def plan(self) -> PrunePlan:
-        return PrunePlan(self.remove, max(self.sparsities), self.sparsities)
+        return PrunePlan(self.remove, max(self.sparsities), levels(self))
+
+    def variant(self, method: Method) -> str:
+        """What differs from the protocol's own settings for a method, as the results' "variant" says it."""
+        return what_differs(self, method, DEPENDS_ON[method])
 
     def fit(self, method: Method, epochs: int) -> Fit:
         return Fit(
@@ -157,17 +174,18 @@ def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[
                     heard if tickets else test,
                     heard,
                     config.batch_size,
-                    variant(config, method),
+                    config.variant(method),
                 )
             )
-    outcomes = run_trials(trials, config.plan, run)
+    outcomes = run_trials(trials, config.plan, run, config.sparsities)
     rows, per_class = [], []
     for outcome in outcomes:
         one = row(outcome, config.protocol)
         scene = dict(zip(heard.names, outcome.found["per_class"]["si_snri"], strict=True))
         one["metrics"] |= {f"si_snri.{name}": value for name, value in scene.items()}
         rows.append(one)
-        per_class.append({key: one[key] for key in ("method", "sparsity", "seed")} | {"si_snri": scene})
+        which = {key: one[key] for key in ("method", "protocol", "variant", "sparsity", "seed")}
+        per_class.append(which | {"si_snri": scene})
     details: Details = {"class_names": parts.names, "per_class": per_class}
     mine = [outcome for outcome in outcomes if outcome.trial.run.seed == config.seeds[0]]
     for outcome in mine:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from rtl.models.inr import fourier_features
 from rtl.partition import by_region
 from rtl.recipes import load_data, recipe, run_recipe
 from rtl.recipes.inr import spearman, with_region
+from rtl.report import read_results
 from rtl.tickets import TicketNetwork
 
 SMALL = dataclasses.replace(
@@ -34,6 +37,8 @@ SMALL = dataclasses.replace(
     retrain_steps=4,
     batch_size=60,
 )
+BOTH = dataclasses.replace(SMALL, images=())  # photographs
+ROOT = Path(__file__).parents[2]
 
 
 # The networks
@@ -117,6 +122,47 @@ def test_the_papers_protocol_is_the_papers():
     assert {40_416, 26_944, 13_472} <= set(config.plan.rounds(53_888))
 
 
+@pytest.mark.parametrize("protocol", ["reduced", "paper"])
+def test_a_protocol_as_it_is_has_rows_told_apart_by_the_schedule_alone(protocol):
+    config = recipe("inr", protocol)
+    for schedule, name in (("pooled", "schedule=pooled"), ("mixed", "schedule=mixed"), ("sequential", "")):
+        assert config.variant("rtl", schedule) == name
+        assert {config.variant(method, schedule) for method in ("imp_single", "imp_multiple", "dense")} == {""}
+    assert config.milestones == config.sparsities
+
+
+@pytest.mark.parametrize(
+    ("changed", "method", "variant"),
+    [
+        ({"lr": 0.5, "round_steps": 3}, "rtl", "schedule=mixed,round_steps=3,lr=0.5"),
+        ({"lr": 0.5, "round_steps": 3}, "dense", "lr=0.5"),
+        ({"images": ("china",), "regions": 2}, "imp_single", "images=china,regions=2"),
+        ({"image": Path("a.png"), "mask": Path("m.png")}, "imp_single", "image=a.png,mask=m.png"),
+        ({"sparsities": (0.5,), "seeds": (7,), "methods": ("rtl",)}, "rtl", "schedule=mixed"),  # they choose rows
+        ({"sparsities": (0.5, 0.6)}, "imp_single", "sparsities=0.6"),
+        ({"sparsities": (0.6,)}, "dense", ""),
+    ],
+)
+def test_whatever_differs_from_the_protocol_is_named_for_the_methods_it_matters_to(changed, method, variant):
+    assert dataclasses.replace(recipe("inr"), **changed).variant(method, "mixed") == variant
+
+
+def test_masks_do_not_depend_on_which_sparsities_are_asked_for():
+    config = recipe("inr")
+    some = dataclasses.replace(config, sparsities=(0.75,)).plan.rounds(53_888)
+    assert some == config.plan.rounds(53_888)[: len(some)]
+    assert some[-1] == 13_472
+
+
+def test_the_committed_run_is_the_recipes_and_goes_on(tmp_path):
+    config = recipe("inr")
+    rows = read_results(ROOT / "results/inr")[0]["rows"]
+    named = {(m, config.variant(m, s)) for m in config.methods for s in config.schedules}
+    assert {(r["method"], r["variant"]) for r in rows} == named
+    shutil.copy(ROOT / "results/inr/config.json", tmp_path)
+    quiet(tmp_path).configure(config)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -149,14 +195,13 @@ def test_a_recipe_that_cannot_be_run_on_its_images_is_refused_before_anything_is
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """Two images by all methods: folder, pictures, rows, details."""
-    config = dataclasses.replace(SMALL, images=())
-    data = load_data(config, None)
+    data = load_data(BOTH, None)
     run = quiet(tmp_path_factory.mktemp("inr"))
-    return run, config, data, *run_recipe(config, run, data)
+    return run, BOTH, data, *run_recipe(BOTH, run, data)
 
 
 def matching(found, method, sparsity, schedule="pooled"):
-    which = method, f"schedule={schedule}" if method == "rtl" else "", sparsity
+    which = method, BOTH.variant(method, schedule), sparsity
     return [one for one in found if (one["method"], one["variant"], one["sparsity"]) == which]
 
 
@@ -176,14 +221,14 @@ def test_a_row_is_the_mean_over_images_with_all_pixels_pooled_beside_it(experime
         row, images = one(experiment, method, sparsity), per_image(experiment, method, sparsity)
         assert [d["image"] for d in images] == ["china", "flower"]
         assert row["metrics"]["psnr"] == pytest.approx(np.mean([d["psnr"] for d in images]))
+        assert {(d["protocol"], d["variant"]) for d in images} == {(row["protocol"], row["variant"])}
         errors = [10 ** (-d["psnr"] / 10) for d in images]  # both images have equally many pixels
         assert row["metrics"]["psnr.pooled"] == pytest.approx(-10 * math.log10(np.mean(errors)))
 
 
 def test_every_schedule_retrains_the_same_masks(experiment):
-    assert [r["variant"] for r in experiment[3] if r["method"] == "rtl"] == ["schedule=pooled"] * 2 + [
-        "schedule=mixed"
-    ] * 2
+    variants = [BOTH.variant("rtl", schedule) for schedule in ("pooled", "mixed")]
+    assert [r["variant"] for r in experiment[3] if r["method"] == "rtl"] == [v for v in variants for _ in range(2)]
     pooled, mixed = (one(experiment, "rtl", 0.5, schedule) for schedule in ("pooled", "mixed"))
     same = "params", "samples"
     assert [pooled[key] for key in same] == [mixed[key] for key in same]
@@ -301,7 +346,8 @@ def test_the_command_runs_on_an_image_with_a_mask_and_its_report_is_complete(tmp
     command = f"run inr --image flower.png --mask flower_mask.png {settings} --out run"
     assert rtl.cli.main(command.split()) == 0
     out = capsys.readouterr().out
-    assert all(text in out for text in ("RTL (schedule=pooled)", "IMP single", "dense", "PSNR pooled", "#Params"))
+    named = "RTL (schedule=pooled,image=flower.png,mask=flower_mask.png,remove=0.5,round_steps=3,"
+    assert all(text in out for text in (named, "IMP single", "dense", "PSNR pooled", "#Params"))
     assert "BA thr." not in out
     assert rtl.cli.main(["report", "run", "--to", "kept"]) == 0
     table = json.loads((tmp_path / "kept/table.json").read_text())

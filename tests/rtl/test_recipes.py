@@ -370,6 +370,7 @@ def test_details_hold_every_seeds_routing_and_the_first_seeds_examples(experimen
     keys = {(one["seed"], one["sparsity"], one["router"]) for one in details["routing"]}
     assert keys == {(s, p, r) for s in SMALL.seeds for p in (0.3, 0.5) for r in ("oracle", "confidence", "centroid")}
     assert all(one["routing"] == 1 for one in details["routing"] if one["router"] == "oracle")
+    assert {(one["protocol"], one["variant"]) for one in details["routing"]} == {("quick", SMALL.variant("rtl"))}
     assert set(details["examples"]) == {"0.3", "0.5"}
     net = TicketNetwork.from_pretrained(run.path / "tickets" / "0.5")
     scores = ticket_scores(net, test)

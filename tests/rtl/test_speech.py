@@ -23,6 +23,7 @@ from rtl.fit import masked_copy
 from rtl.models import speech_unet
 from rtl.partition import by_metadata
 from rtl.recipes import load_data, recipe, run_recipe
+from rtl.recipes.experiment import METHODS
 from rtl.tasks import Enhancement, weighted_sdr_losses
 from rtl.tickets import TicketNetwork
 
@@ -324,6 +325,38 @@ def test_the_papers_protocol_is_the_papers():
     assert epochs == {10}  # no negatives, so no doubling
 
 
+@pytest.mark.parametrize("protocol", ["reduced", "paper"])
+def test_a_protocol_as_it_is_has_only_its_own_name(protocol):
+    config = recipe("speech", protocol)
+    assert {config.variant(method) for method in METHODS} == {""}
+    assert config.milestones == config.sparsities
+
+
+@pytest.mark.parametrize(
+    ("changed", "method", "variant"),
+    [
+        ({"round_epochs": 1, "lr": 0.01, "train_clips": 10}, "rtl", "train_clips=10,round_epochs=1,lr=0.01"),
+        ({"round_epochs": 1, "lr": 0.01, "train_clips": 10}, "dense", "train_clips=10,lr=0.01"),
+        ({"snrs": (-2.5, 5.0), "mix_seed": 1}, "imp_single", "snrs=-2.5/5,mix_seed=1"),
+        ({"schedule": "mixed", "batch_norm": "shared"}, "rtl", "schedule=mixed,batch_norm=shared"),
+        ({"schedule": "mixed", "batch_norm": "shared"}, "imp_multiple", "batch_norm=shared"),
+        ({"schedule": "mixed", "batch_norm": "shared"}, "imp_single", ""),
+        ({"sparsities": (0.5,), "seeds": (7,), "methods": ("rtl",)}, "rtl", ""),  # they choose rows
+        ({"sparsities": (0.5, 0.6)}, "rtl", "sparsities=0.6"),
+        ({"sparsities": (0.6,)}, "dense", ""),
+    ],
+)
+def test_whatever_differs_from_the_protocol_is_named_for_the_methods_it_matters_to(changed, method, variant):
+    assert dataclasses.replace(recipe("speech", "paper"), **changed).variant(method) == variant
+
+
+def test_masks_do_not_depend_on_which_sparsities_are_asked_for():
+    config = recipe("speech", "paper")
+    some = dataclasses.replace(config, sparsities=(0.75,)).plan.rounds(37_368)
+    assert some == config.plan.rounds(37_368)
+    assert 18_684 in some
+
+
 MICRO = dataclasses.replace(
     recipe("speech"),
     clip_seconds=0.3,
@@ -356,6 +389,8 @@ def test_a_row_has_every_scene_and_their_mean(experiment):
         scenes = [r["metrics"][f"si_snri.{name}"] for name in names]
         assert r["metrics"]["si_snri"] == pytest.approx(np.mean(scenes))  # as many clips of each
         assert per["si_snri"] == dict(zip(names, scenes, strict=True))
+        assert r["variant"] == MICRO.variant(r["method"])
+        assert all(per[key] == r[key] for key in ("method", "protocol", "variant", "sparsity", "seed"))
         assert len(set(scenes)) == len(names)
 
 
@@ -380,7 +415,7 @@ def test_params_and_samples_are_those_of_equal_terms(experiment):
     scenes = len(set(test.metadata["scene"]))
     assert 18_684 <= of["rtl"]["params"] < scenes * 18_684
     assert [of[m]["params"] for m in ("imp_single", "imp_multiple", "dense")] == [18_684, scenes * 18_684, 37_368]
-    assert of["rtl"]["samples"] == of["imp_single"]["samples"] == of["imp_multiple"]["samples"] == 2 * len(train)
+    assert of["rtl"]["samples"] == of["imp_single"]["samples"] == of["imp_multiple"]["samples"] == 3 * len(train)
 
 
 def test_examples_are_sound_files_of_the_clips_length(experiment):

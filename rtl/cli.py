@@ -225,7 +225,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         out: Path | None = None
         """Folder of the run (default: runs/RECIPE, with the protocol if it is not the first)."""
         data: Path | None = None
-        """Data root (default: the environment variable RTL_DATA; inr: scikit-learn's photographs)."""
+        """Data root (default: the folder that the environment variable RTL_DATA names; inr: none, scikit-learn's photographs)."""
         workers: int | None = None
         """Worker processes (default: one a core)."""
         tensorboard: bool = False
@@ -282,13 +282,17 @@ def _one_line(message: str) -> str:
 
 
 def _what(arguments: Sequence[str]) -> list[str]:
-    """The arguments without those that say where and how fast, which nobody else's machine shares."""
+    """The arguments without those that say where results go and how fast, which nobody else's machine shares.
+
+    The data root is shown as DIR: with it and without, a recipe may run on other data.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--out", "--data", "--workers"):
         parser.add_argument(option)
     for option in ("--tensorboard", "--no-tensorboard"):
         parser.add_argument(option, action="store_true")
-    return parser.parse_known_args(list(arguments))[1]
+    own, rest = parser.parse_known_args(list(arguments))
+    return [*([] if own.data is None else ["--data", "DIR"]), *rest]
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

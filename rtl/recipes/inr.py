@@ -149,7 +149,8 @@ class Inr:
 
 
 def load_pictures(config: Inr, root: Path | None) -> list[Picture]:
-    """The images: the configuration's own, else those of the folder `root`, else the photographs of scikit-learn.
+    """The images: the configuration's own, else those of the folder `root`, else the photographs of scikit-learn,
+    also where RTL_DATA is set: the recipe is to run without data.
 
     Raises InputError: see `rtl.data.pictures`; or an image that the recipe cannot be run on.
     """

@@ -93,6 +93,19 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
         assert [name, str(getattr(config, name))] in [line.split() for line in out.splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "recorded"),
+    [
+        ("", ""),
+        ("--out a/b --workers 2 --lr 1 --tensorboard --seeds 0 1", "--lr 1 --seeds 0 1"),
+        ("--lr 1 --data /there --out=b", "--data DIR --lr 1"),
+        ("--data=/there --snrs 0 -5.0 --workers=3", "--data DIR --snrs 0 -5.0"),
+    ],
+)
+def test_the_recorded_command_says_what_was_run_and_that_data_was_given_but_not_where(arguments, recorded):
+    assert rtl.cli._what(arguments.split()) == recorded.split()
+
+
 # What is wrong
 
 

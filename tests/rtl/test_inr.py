@@ -192,6 +192,13 @@ def test_a_recipe_that_cannot_be_run_on_its_images_is_refused_before_anything_is
         load_data(dataclasses.replace(SMALL, images=(), image=tmp_path / "a.png"), tmp_path)
 
 
+def test_without_data_given_the_photographs_are_scikit_learns_whatever_rtl_data_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("RTL_DATA", str(tmp_path))
+    assert [one.name for one in load_data(BOTH, None)] == ["china", "flower"]
+    with pytest.raises(InputError, match="which has no image with a mask"):
+        load_data(BOTH, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """Two images by all methods: folder, pictures, rows, details."""

@@ -465,7 +465,7 @@ def test_the_command_runs_reports_and_enhances(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(text in out for text in ("SI-SNRi", "indoor", "outdoor", "IMP single"))
     table = json.loads((tmp_path / "run/table.json").read_text())
-    assert table["command"] == f"rtl run speech {settings}"
+    assert table["command"] == f"rtl run speech --data DIR {settings}"
     assert (tmp_path / "run/figures/example-indoor.png").stat().st_size > 10_000
     write(tmp_path / "in.wav", np.stack([noise(0.5, 8000), tone(0.5, 8000)], 1), 8000)
     assert rtl.cli.main(["enhance", "run", "in.wav", "--scene", "outdoor", "-o", "out.flac"]) == 0

@@ -225,7 +225,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         out: Path | None = None
         """Folder of the run (default: runs/RECIPE, with the protocol if it is not the first)."""
         data: Path | None = None
-        """Data root (default: the folder that the environment variable RTL_DATA names; inr: none, scikit-learn's photographs)."""
+        """Data root (default: the folder that RTL_DATA names; inr: none, but scikit-learn's photographs)."""
         workers: int | None = None
         """Worker processes (default: one a core)."""
         tensorboard: bool = False
@@ -282,17 +282,19 @@ def _one_line(message: str) -> str:
 
 
 def _what(arguments: Sequence[str]) -> list[str]:
-    """The arguments without those that say where results go and how fast, which nobody else's machine shares.
+    """The arguments without those that say where and how fast, which nobody else's machine shares.
 
-    The data root is shown as DIR: with it and without, a recipe may run on other data.
+    Of what is read from files, that it is: the data root as DIR (without it, a recipe may take other data), a picture
+    and its mask by their names.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--out", "--data", "--workers"):
+    for option in ("--out", "--data", "--workers", "--image", "--mask"):
         parser.add_argument(option)
     for option in ("--tensorboard", "--no-tensorboard"):
         parser.add_argument(option, action="store_true")
     own, rest = parser.parse_known_args(list(arguments))
-    return [*([] if own.data is None else ["--data", "DIR"]), *rest]
+    files = {"--data": own.data and "DIR", "--image": own.image, "--mask": own.mask}
+    return [*(word for option, file in files.items() if file for word in (option, Path(file).name)), *rest]
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -5,6 +5,7 @@ An image is an experiment of its own; figures are means over images.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,12 @@ class Inr:
     def plan(self) -> PrunePlan:
         return PrunePlan(self.remove, max(self.sparsities), levels(self))
 
+    @property
+    def recorded(self) -> Inr:
+        """These settings without where the files are on this machine: what is in them, a run is bound to apart."""
+        image, mask = (None if file is None else Path(Path(file).name) for file in (self.image, self.mask))
+        return dataclasses.replace(self, image=image, mask=mask)
+
     def variant(self, method: Method, schedule: Schedule) -> str:
         """What a row of a method is called: its schedule of joint retraining, and what differs from the protocol."""
         return what_differs(self, method, DEPENDS_ON[method], _branch(method, schedule))
@@ -206,6 +213,7 @@ def run_inr(config: Inr, run: Run, found: Sequence[Picture]) -> tuple[list[Row],
     Raises:
         InputError: see `Run.configure` and the method's own functions.
     """
+    config = config.recorded
     parts = {one.name: regions(config, one) for one in found}
     run.configure(config)
     run.child("data").configure({name: own.fingerprint for name, own in parts.items()})

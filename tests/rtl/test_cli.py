@@ -100,9 +100,10 @@ def test_show_prints_every_setting_of_a_recipe_under_a_protocol(capsys):
         ("--out a/b --workers 2 --lr 1 --tensorboard --seeds 0 1", "--lr 1 --seeds 0 1"),
         ("--lr 1 --data /there --out=b", "--data DIR --lr 1"),
         ("--data=/there --snrs 0 -5.0 --workers=3", "--data DIR --snrs 0 -5.0"),
+        ("--lr 1 --mask /a/m.png --image=b/a.jpg --images c", "--image a.jpg --mask m.png --lr 1 --images c"),
     ],
 )
-def test_the_recorded_command_says_what_was_run_and_that_data_was_given_but_not_where(arguments, recorded):
+def test_the_recorded_command_says_what_was_run_and_on_what_but_not_where_that_is(arguments, recorded):
     assert rtl.cli._what(arguments.split()) == recorded.split()
 
 

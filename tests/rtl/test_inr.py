@@ -373,6 +373,32 @@ def test_the_command_runs_on_an_image_with_a_mask_and_its_report_is_complete(tmp
     assert len(picture("flower.png", "flower_mask.png").data) == sum(details["per_image"][0]["pixels"])
 
 
+def test_a_run_keeps_the_names_of_its_files_and_goes_on_where_they_have_moved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    home.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(home / "a.png")
+    Image.fromarray(np.repeat(np.uint8([[1], [2]]), 4, 0).repeat(8, 1)).save(home / "regions.png")
+    settings = "--methods rtl --schedules mixed --sparsities 0.5 --remove 0.5 --batch-size 8 --workers 1 --out run"
+    settings += " --round-steps 1 --retrain-steps 1"
+
+    def command():
+        return f"run inr --image {home}/a.png --mask {home}/regions.png {settings}".split()
+
+    assert rtl.cli.main(command()) == 0
+    before = tree(tmp_path / "run")
+    for name, data in before.items():
+        assert str(home).encode() not in data, name
+    assert json.loads(before["config.json"])["image"] == "a.png"
+    assert json.loads(before["table.json"])["command"].startswith("rtl run inr --image a.png --mask regions.png --meth")
+    home = home.rename(tmp_path / "moved")
+    assert rtl.cli.main(command()) == 0
+    assert tree(tmp_path / "run") == before
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(home / "a.png")  # another picture of that name
+    assert rtl.cli.main(command()) == 2
+    assert "config differs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

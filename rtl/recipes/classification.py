@@ -117,8 +117,10 @@ class Classification:
                 "start is 'extracted' with stop_on_collapse True, expected 'theta0': stopped tickets lack it"
             )
         _ = self.plan, self.fit("rtl", self.round_epochs), self.fit("rtl", self.retrain_epochs)  # their checks
-        for switch in self.switches:
-            self.switched(switch)
+        changed = [self.switched(switch) for switch in self.switches]
+        for number, switch in enumerate(self.switches):
+            if changed[number] in changed[:number]:
+                raise InputError(f"switches is {self.switches}, of which {switch!r} changes what another one does")
 
     @property
     def plan(self) -> PrunePlan:
@@ -136,7 +138,7 @@ class Classification:
             if isinstance(before, bool):
                 after: Any = {"True": True, "False": False}[value]
             else:
-                after = value if isinstance(before, str) else float(value) if "." in value else int(value)
+                after = value if isinstance(before, str) else _number(value)
         except (KeyError, ValueError):
             kind = "True or False" if isinstance(before, bool) else "a number"
             raise InputError(f"switches holds {switch!r}, but {name} is {kind}") from None
@@ -162,6 +164,14 @@ class Classification:
             lr_schedule=self.lr_schedule,
             augment=self.augment,
         )
+
+
+def _number(text: str) -> int | float:
+    """Raises ValueError if it is none."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def load(config: Classification, root: Path | None) -> tuple[Data, Data]:

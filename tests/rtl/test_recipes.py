@@ -151,11 +151,25 @@ def test_an_unknown_recipe_or_protocol_is_refused(name, protocol, message):
         ({"switches": ("schedule=mixd",)}, "schedule is 'mixd'"),
         ({"switches": ("lr=fast",)}, "switches holds 'lr=fast', but lr is a number"),
         ({"switches": ("schedule=sequential",)}, "which schedule is anyway"),
+        ({"switches": ("lr=2e-3",)}, "which lr is anyway"),
+        ({"switches": ("schedule=mixed",) * 2}, "'schedule=mixed' changes what another one does"),
+        ({"switches": ("lr=0.01", "masked=gradient", "lr=1e-2")}, "of which 'lr=1e-2' changes what another one does"),
+        ({"switches": ("retrain_epochs=2.5",)}, "epochs is 2.5, expected an integer"),
+        ({"methods": ("rtl", "rtl")}, "methods is"),
+        ({"sparsities": (0.5, 0.5)}, "sparsities is"),
     ],
 )
 def test_a_bad_setting_is_refused_when_the_configuration_is_made(changed, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(recipe("digits"), **changed)
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"), [("lr=1e-3", 0.001), ("lr=0.01", 0.01), ("remove=4096", 4096), ("remove=.5", 0.5)]
+)
+def test_a_switch_reads_numbers_as_they_are_written(switch, value):
+    changed = getattr(recipe("digits").switched(switch), switch.partition("=")[0])
+    assert (changed, type(changed)) == (value, type(value))
 
 
 def test_a_variant_names_what_differs_for_the_methods_it_differs_for():

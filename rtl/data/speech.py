@@ -146,7 +146,7 @@ def mixtures(
         clips: of each scene.
         seconds: of a clip.
         snrs: in dB.
-        seed: of everything drawn.
+        seed: of everything drawn, 0 or more.
 
     Returns:
         inputs, the mixtures, and targets, the clean speech, float32 (scenes · clips, samples); metadata "scene", "snr",
@@ -155,7 +155,9 @@ def mixtures(
     Raises:
         InputError: a number that makes no clip, or a recording that is silent; see also `read_audio`.
     """
-    length = round(seconds * RATE)
+    length = round(seconds * RATE) if math.isfinite(seconds) else 0
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected 0 or more")
     if clips < 1 or length < 1 or not snrs or not all(math.isfinite(snr) for snr in snrs):
         raise InputError(
             f"clips is {clips}, seconds {seconds}, snrs {tuple(snrs)}: expected 1 or more, above 0, finite"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,17 @@ class Speech:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        for name in ("train_clips", "test_clips"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("clip_seconds", "test_seconds"):
+            seconds = getattr(self, name)
+            if not math.isfinite(seconds) or round(seconds * RATE) < 1:
+                raise InputError(f"{name} is {seconds}, expected a finite number, a sample (1/{RATE} s) or more")
+        if not self.snrs or not all(map(math.isfinite, self.snrs)):
+            raise InputError(f"snrs is {self.snrs}, expected one finite number or more")
+        if self.mix_seed < 0:
+            raise InputError(f"mix_seed is {self.mix_seed}, expected 0 or more")
         _ = self.plan, self.fit("rtl", self.round_epochs), self.fit("rtl", self.retrain_epochs)  # their checks
 
     @property

@@ -149,6 +149,8 @@ def test_the_recorded_command_says_what_was_run_and_on_what_but_not_where_that_i
         ("run digits --recipe mine", "recipe is 'mine', but rtl run digits runs 'digits'"),
         ("run digits --out file", "path is 'file', a file"),
         ("run digits --out file/below", "Not a directory: file"),
+        ("run speech --mix-seed -1", "mix_seed is -1, expected 0 or more"),
+        ("run speech --clip-seconds nan", "clip_seconds is nan, expected a finite number"),
         ("run cifar10", "no data root: give one (--data DIR), or set the environment variable RTL_DATA"),
         ("run cifar10 --data nowhere", "the data root is 'nowhere', which does not exist"),
         ("run cifar10 --data file", "the data root is 'file', which is not a folder"),

@@ -198,9 +198,12 @@ def test_short_noise_is_repeated_and_short_speech_followed_by_silence(recordings
 
 
 def test_mixtures_of_nothing_are_refused(recordings, tmp_path):
-    for arguments in ((0, 1.0, (0,)), (1, 0.0, (0,)), (1, 1.0, ()), (1, 1.0, (math.nan,))):
+    wrong = ((0, 1.0, (0,)), (1, 0.0, (0,)), (1, math.nan, (0,)), (1, 1.0, ()), (1, 1.0, (math.nan,)))
+    for arguments in wrong:
         with pytest.raises(InputError, match="clips is"):
             mixtures(recordings, "train", *arguments)
+    with pytest.raises(InputError, match="seed is -1, expected 0 or more"):
+        mixtures(recordings, "train", 1, 1.0, (0,), -1)
     silent = write(tmp_path / "silent.wav", np.zeros(RATE, np.float32))
     broken = [dataclasses.replace(r, file=silent) if r.scene else r for r in recordings]
     with pytest.raises(InputError, match=r"silent\.wav', which is silent: leave it out"):
@@ -355,6 +358,27 @@ def test_masks_do_not_depend_on_which_sparsities_are_asked_for():
     some = dataclasses.replace(config, sparsities=(0.75,)).plan.rounds(37_368)
     assert some == config.plan.rounds(37_368)
     assert 18_684 in some
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train_clips": 0}, "train_clips is 0, expected 1 or more"),
+        ({"test_clips": -1}, "test_clips is -1, expected 1 or more"),
+        ({"clip_seconds": math.nan}, "clip_seconds is nan, expected a finite number"),
+        ({"test_seconds": 1e-5}, r"test_seconds is 1e-05, expected a finite number, a sample \(1/16000 s\) or more"),
+        ({"test_seconds": math.inf}, "test_seconds is inf"),
+        ({"snrs": ()}, r"snrs is \(\), expected one finite number or more"),
+        ({"snrs": (0.0, math.nan)}, r"snrs is \(0.0, nan\)"),
+        ({"mix_seed": -1}, "mix_seed is -1, expected 0 or more"),
+        ({"seeds": (1, 1)}, "seeds is"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"batch_norm": "none"}, "batch_norm is 'none'"),
+    ],
+)
+def test_a_bad_setting_is_refused_when_the_configuration_is_made(changed, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(recipe("speech"), **changed)
 
 
 MICRO = dataclasses.replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,8 @@ def pictures(root: str | os.PathLike[str], names: Sequence[str] = (), longest_si
         longest_side: as in `picture`.
 
     Raises:
-        InputError: no such folder, no image with a mask in it, or an image that is not there; see also `picture`.
+        InputError: no such folder, no image with a mask in it, two images or masks of one name, or an image that is not
+            there; see also `picture`.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -205,22 +206,27 @@ def _filled(labels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """(image, mask) by name."""
+    """(image, mask) by name. Raises InputError if a name has two images, or two masks."""
+    places = [  # of images, without their endings
+        (mask.with_name(mask.name.removesuffix(ending)), mask)
+        for ending in MASK_ENDINGS
+        for mask in sorted(folder.rglob(f"*{ending}"))
+    ]
+    annotations = folder / "annotations"
+    for mask in sorted(annotations.rglob("*.png")):
+        places.append((folder / "images" / mask.relative_to(annotations).with_suffix(""), mask))
     found: dict[str, tuple[Path, Path]] = {}
-    for ending in MASK_ENDINGS:
-        for mask in sorted(folder.rglob(f"*{ending}")):
-            stem = mask.name.removesuffix(ending)
-            if image := _first_file(mask.with_name(stem + image_ending) for image_ending in IMAGE_ENDINGS):
-                found[stem] = image, mask
-    for mask in sorted((folder / "annotations").rglob("*.png")):
-        place = folder / "images" / mask.relative_to(folder / "annotations")
-        if image := _first_file(place.with_suffix(image_ending) for image_ending in IMAGE_ENDINGS):
-            found[mask.stem] = image, mask
+    for place, mask in places:
+        for image in (place.with_name(place.name + ending) for ending in IMAGE_ENDINGS):
+            if image.is_file():
+                before = found.setdefault(place.name, (image, mask))
+                for one, other in zip(before, (image, mask), strict=True):
+                    if one != other:
+                        raise InputError(
+                            f"data is {str(folder)!r}, which has {str(one.relative_to(folder))!r} and "
+                            f"{str(other.relative_to(folder))!r} for the image {place.name!r}: rename or remove one"
+                        )
     return found
-
-
-def _first_file(files: Iterable[Path]) -> Path | None:
-    return next((file for file in files if file.is_file()), None)
 
 
 def _classes(file: Path) -> dict[str, dict[int, str]]:

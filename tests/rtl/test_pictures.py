@@ -219,6 +219,30 @@ def test_a_folder_of_images_with_masks_is_read(tmp_path, files):
     assert [one.name for one in pictures(tmp_path, ["b"])] == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("files", "one", "other"),
+    [
+        (("x/a.png", "x/a_mask.png", "y/a.png", "y/a_mask.png"), "x/a.png", "y/a.png"),
+        (("a.png", "a.jpg", "a_mask.png"), "a.png", "a.jpg"),
+        (("a.png", "a_mask.png", "a_seg.png"), "a_mask.png", "a_seg.png"),
+        (
+            ("images/t/a.jpg", "images/v/a.jpg", "annotations/t/a.png", "annotations/v/a.png"),
+            "images/t/a.jpg",
+            "images/v/a.jpg",
+        ),
+    ],
+    ids=["subfolders", "endings", "masks", "ADE20K benchmark"],
+)
+def test_two_files_for_an_image_of_one_name_are_refused(tmp_path, files, one, other):
+    with pytest.raises(InputError, match=f"which has '{one}' and '{other}' for the image 'a': rename or remove one"):
+        pictures(folder_of(tmp_path, *files))
+
+
+def test_names_with_dots_and_images_without_masks_are_as_good_as_others(tmp_path):
+    found = pictures(folder_of(tmp_path, "a.b.png", "a.b_mask.png", "x/a.png", "y/a.png"))
+    assert [one.name for one in found] == ["a.b"]
+
+
 def test_labels_have_the_first_of_their_names(tmp_path):
     folder = folder_of(tmp_path, "a.png", "a_mask.png")
     (folder / "classes.csv").write_text('image,mask_value,name\na,1,"sky, heavens"\na,2,sea\n')

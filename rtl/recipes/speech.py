@@ -91,8 +91,8 @@ class Speech:
     batch_size: int
     lr: float
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # both protocols'
-    schedule: Literal["sequential", "mixed"] = "sequential"
-    batch_norm: Literal["per_ticket", "shared"] = "per_ticket"
+    schedule: Literal["sequential", "mixed", "pooled"] = "sequential"
+    batch_norm: Literal["per_ticket", "shared", "recalibrated"] = "per_ticket"
 
     def __post_init__(self) -> None:
         check_choices(self)

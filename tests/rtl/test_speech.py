@@ -465,6 +465,17 @@ def test_run_again_it_gives_the_same_from_what_is_kept(experiment):
         run_recipe(dataclasses.replace(MICRO, batch_size=5), run, data)
 
 
+def test_every_way_of_joint_retraining_is_rows_of_its_own_on_the_same_masks(experiment, tmp_path):
+    _, data, (own, *_), _ = experiment
+    for schedule, batch_norm, epochs in (("mixed", "shared", 3), ("pooled", "recalibrated", 4)):
+        config = dataclasses.replace(MICRO, methods=("rtl",), schedule=schedule, batch_norm=batch_norm)
+        (row,), _ = run_recipe(config, quiet(tmp_path / schedule), data)
+        assert row["variant"].endswith(f"schedule={schedule},batch_norm={batch_norm}")
+        assert row["metrics"]["similarity"] == own["metrics"]["similarity"]
+        assert row["metrics"]["si_snri"] != own["metrics"]["si_snri"]
+        assert row["samples"] == epochs * len(data[0])  # to recalibrate takes one more epoch
+
+
 def test_missing_packages_are_named_before_any_work(monkeypatch, tmp_path):
     import importlib.util
 

@@ -35,9 +35,10 @@ class Fit:
         lr: learning rate.
         task: what tickets learn.
         schedule: of joint retraining. "sequential": one ticket's batch a step, in turn (Algorithm 2 to the letter).
-            "mixed": a step sees batch_size / K samples of every ticket at once, so that steps and samples of an epoch
-            are the same as in the sequential one. "pooled": what all tickets draw for an epoch is shuffled together and
-            presented once, so that a ticket is seen as often as it has samples, instead of as often as any other.
+            "mixed": a step sees batch_size / K samples, rounded up, of every ticket at once: an epoch has about as many
+            samples as the sequential one, in as many steps or, where numbers do not come out even, in fewer. It needs a
+            batch_size of K or more. "pooled": what all tickets draw for an epoch is shuffled together and presented
+            once, so that a ticket is seen as often as it has samples, instead of as often as any other.
         batch_norm: of joint retraining. "per_ticket" statistics, "shared" ones, or "recalibrated": trained with shared
             ones, after which each ticket's are measured on one epoch of its own samples, weights as they are.
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
@@ -83,6 +84,17 @@ class Fit:
     def rate(self, done: float) -> float:
         """The learning rate when the fraction `done`, 0 to 1, of the training is behind."""
         return self.lr if self.lr_schedule == "constant" else self.lr * (1 + math.cos(math.pi * done)) / 2
+
+    def share(self, tickets: int) -> int:
+        """Samples of a ticket in a sequential or mixed step. Raises InputError if a mixed one has none for some."""
+        if self.schedule != "mixed":
+            return self.batch_size
+        if self.batch_size < tickets:
+            raise InputError(
+                f"batch_size is {self.batch_size}, expected {tickets} or more: with schedule 'mixed' a step holds a "
+                f"sample or more of each of {tickets} tickets"
+            )
+        return -(-self.batch_size // tickets)
 
     def described(self) -> dict[str, Any]:
         """What joint retraining depends on, as a run is bound to it; the task by name and what it was given."""

@@ -41,13 +41,13 @@ def retrain(
         The network in evaluation mode.
 
     Raises:
-        InputError: the run holds another retraining, a ticket names no subset, masks that are not of this model, or
-            training diverged.
+        InputError: the run holds another retraining, a ticket names no subset, masks that are not of this model, a
+            mixed batch with no sample for some ticket, or training diverged.
     """
     subsets = [parts.position(name) for name in tickets.names]
     recalibrated = fit.batch_norm == "recalibrated"
     net = _converted(model, tickets, "shared" if recalibrated else fit.batch_norm, fit.affine_per_ticket)
-    # What the task refuses, it refuses before anything is written.
+    # What the task or the schedule refuses, it refuses before anything is written.
     lengths = [sum(len(index) for _, _, index in batch) for batch in schedule(parts, subsets, fit, torch.Generator())]
     run = run.child(f"retrain/{tickets.sparsity:g}")
     run.configure(
@@ -118,7 +118,7 @@ def schedule(parts: Partition, subsets: list[int], fit: Fit, generator: torch.Ge
             turn = [(k, subset, pool[chosen[owner[chosen] == k]]) for k, subset in enumerate(subsets)]
             yield [one for one in turn if len(one[2])]
         return
-    size = fit.batch_size if fit.schedule == "sequential" else -(-fit.batch_size // len(subsets))
+    size = fit.share(len(subsets))
     batches = [split(fit.task.draw(parts, subset, generator), size) for subset in subsets]
     for m in range(max(len(own) for own in batches)):
         turn = [(k, subset, batches[k][m % len(batches[k])]) for k, subset in enumerate(subsets)]

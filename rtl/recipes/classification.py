@@ -219,8 +219,12 @@ def _held_out(train: Data, fraction: float) -> tuple[Data, Data | None]:
 
 
 def _check(config: Classification, train: Data) -> None:
-    """Raise InputError, before anything is written, if the data has empty classes or no weight would be left."""
-    by_label(_held_out(train, config.holdout)[0])
+    """Raise InputError, before anything is written, if a class is empty, a mixed batch would have no sample of some
+    class, or no weight would be left.
+    """
+    tickets = len(by_label(_held_out(train, config.holdout)[0]))
+    for one in (config, *map(config.switched, config.switches)):
+        one.fit("rtl", one.retrain_epochs).share(tickets)
     net = masked_copy(new_model(config, train, Run(".")), 1, "shared")
     config.plan.rounds(sum(bank.shape.numel() for bank in net.banks.values()))
 

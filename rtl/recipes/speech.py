@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rtl import models
 from rtl.data import Data, data_root
-from rtl.data.speech import PEAK, RATE, corpus, mixtures, soundfile_module
+from rtl.data.speech import PEAK, RATE, corpus, mixtures, scenes, soundfile_module
 from rtl.errors import InputError
 from rtl.evaluate import predict
 from rtl.extract import PrunePlan
@@ -131,7 +131,8 @@ class Speech:
 def load_speech(config: Speech, root: Path | None) -> tuple[Data, Data]:
     """(train, test) mixtures of a folder of speech and noise; None: the folder that RTL_DATA names.
 
-    Raises InputError: see `rtl.data.speech`; a package that is missing; or a plan that leaves no weight.
+    Raises InputError: see `rtl.data.speech`; a package that is missing; a plan that leaves no weight; or a mixed batch
+    of fewer clips than there are scenes.
     """
     soundfile_module()
     if importlib.util.find_spec("torchmetrics") is None:
@@ -139,6 +140,7 @@ def load_speech(config: Speech, root: Path | None) -> tuple[Data, Data]:
     net = masked_copy(models.speech_unet(), 1, "shared")
     config.plan.rounds(sum(bank.shape.numel() for bank in net.banks.values()))
     found = corpus(data_root(root))
+    config.fit("rtl", config.retrain_epochs).share(len(scenes(found)))
     return (
         mixtures(found, "train", config.train_clips, config.clip_seconds, config.snrs, config.mix_seed),
         mixtures(found, "test", config.test_clips, config.test_seconds, config.snrs, config.mix_seed),

@@ -462,6 +462,14 @@ def test_what_would_leave_no_weight_is_refused_before_anything_is_written(tmp_pa
     assert tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize("changed", [{"schedule": "mixed"}, {"switches": ("schedule=mixed",)}])
+def test_a_mixed_batch_too_small_for_the_classes_is_refused_before_anything_is_written(tmp_path, experiment, changed):
+    _, train, test, *_ = experiment
+    with pytest.raises(InputError, match="batch_size is 2, expected 3 or more"):
+        run_classification(dataclasses.replace(SMALL, batch_size=2, **changed), quiet(tmp_path), train, test)
+    assert tree(tmp_path) == {}
+
+
 @pytest.mark.parametrize("methods", [("imp_multiple",), ("dense",), ("imp_single", "rtl")])
 def test_methods_can_be_left_out(tmp_path, experiment, methods):
     _, train, test, all_rows, _ = experiment

@@ -111,6 +111,15 @@ def test_mixed_steps_and_samples_equal_the_sequential_ones_up_to_rounding_for_un
     assert abs(counts["mixed"][1] / counts["sequential"][1] - 1) < 0.05
 
 
+@pytest.mark.parametrize("size", [3, 4, 6, 7, 16, 17, 64])
+def test_mixed_steps_are_never_more_than_the_sequential_ones_and_hold_the_rounded_up_share(size):
+    parts = by_label(blobs((50, 50, 50)))
+    mixed, sequential = (epoch(parts, [0, 1, 2], Fit(batch_size=size, schedule=s)) for s in ("mixed", "sequential"))
+    assert len(mixed) <= len(sequential)
+    assert sum(len(i) for b in mixed for _, _, i in b) == sum(len(i) for b in sequential for _, _, i in b) == 300
+    assert {len(index) for batch in mixed[:-1] for _, _, index in batch} == {math.ceil(size / 3)}
+
+
 def test_pooled_steps_show_every_drawn_sample_once_and_a_ticket_as_often_as_it_has_samples(parts):
     steps = epoch(parts, [2, 0], Fit(batch_size=16, schedule="pooled", task=MultiClass()))
     assert [sum(len(index) for _, _, index in batch) for batch in steps] == [16, 14]  # 20 samples and 10
@@ -468,6 +477,8 @@ def test_what_cannot_be_retrained_is_refused_before_anything_is_written(tmp_path
         retrain(seeded(rtl.models.mlp, 6, [8, 8], 3), random_masks(mlp()), parts, FIT, run)
     with pytest.raises(InputError, match="two subsets or more"):
         retrain(mlp(), random_masks(mlp(), ["all"]), whole(parts.data), FIT, run)
+    with pytest.raises(InputError, match="batch_size is 2, expected 3 or more: with schedule 'mixed'"):
+        retrain(mlp(), random_masks(mlp()), parts, Fit(batch_size=2, schedule="mixed"), run)
     assert tree(tmp_path) == {}
 
 

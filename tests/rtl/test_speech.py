@@ -476,6 +476,12 @@ def test_every_way_of_joint_retraining_is_rows_of_its_own_on_the_same_masks(expe
         assert row["samples"] == epochs * len(data[0])  # to recalibrate takes one more epoch
 
 
+def test_a_mixed_batch_too_small_for_the_scenes_is_refused_before_any_work(tmp_path):
+    config = dataclasses.replace(MICRO, batch_size=1, schedule="mixed")
+    with pytest.raises(InputError, match="batch_size is 1, expected 2 or more"):
+        load_data(config, folder(tmp_path))
+
+
 def test_missing_packages_are_named_before_any_work(monkeypatch, tmp_path):
     import importlib.util
 

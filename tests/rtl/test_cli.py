@@ -338,6 +338,24 @@ def test_merged_runs_are_one_table_of_all(capsys, folder):
     assert (folder / "both/report.html").is_file()
 
 
+def test_a_single_network_as_large_as_the_tickets_union_is_a_run_that_merges_into_their_table(capsys, folder):
+    settings = "--seeds 0 --remove 0.5 --round-epochs 1 --retrain-epochs 1 --workers 1"
+    command = f"run digits --methods rtl imp_single --sparsities 0.5 {settings} --out tickets"
+    assert call(capsys, *command.split())[0] == 0
+    union = json.loads((folder / "tickets/table.json").read_text())["rows"][0]["params"]
+    sparsity = 1 - union / 32_400
+    command = f"run digits --methods imp_single --sparsities {sparsity} {settings} --out single"
+    assert call(capsys, *command.split())[0] == 0
+    code, out, _ = call(capsys, "report", "tickets", "single", "--merge", "--to", "both")
+    assert code == 0
+    rows = json.loads((folder / "both/table.json").read_text())["rows"]
+    kept = [("rtl", union), ("imp_single", 16_200), ("imp_single", union)]
+    assert [(r["method"], r["params"]) for r in rows] == kept
+    assert rows[2]["samples"] == rows[1]["samples"]
+    assert rows[2]["variant"] == f"{rows[1]['variant']},sparsities={sparsity:g}"
+    assert f"{union:,}" in out
+
+
 def test_report_of_an_unfinished_run_says_to_finish_it(capsys, folder):
     Run(folder / "half").configure(recipe("digits"))
     code, out, err = call(capsys, "report", "half")

@@ -339,7 +339,7 @@ def test_merged_runs_are_one_table_of_all(capsys, folder):
 
 
 def test_a_single_network_as_large_as_the_tickets_union_is_a_run_that_merges_into_their_table(capsys, folder):
-    settings = "--seeds 0 --remove 0.5 --round-epochs 1 --retrain-epochs 1 --workers 1"
+    settings = "--seeds 0 --remove 0.5 --round-epochs 1 --retrain-epochs 1 --batch-size 256 --workers 1"
     command = f"run digits --methods rtl imp_single --sparsities 0.5 {settings} --out tickets"
     assert call(capsys, *command.split())[0] == 0
     union = json.loads((folder / "tickets/table.json").read_text())["rows"][0]["params"]

@@ -148,7 +148,7 @@ def test_whatever_differs_from_the_protocol_is_named_for_the_methods_it_matters_
 
 
 def test_masks_do_not_depend_on_which_sparsities_are_asked_for():
-    config = recipe("inr")
+    config = recipe("inr", "paper")
     some = dataclasses.replace(config, sparsities=(0.75,)).plan.rounds(53_888)
     assert some == config.plan.rounds(53_888)[: len(some)]
     assert some[-1] == 13_472

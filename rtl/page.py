@@ -243,7 +243,7 @@ def _by_method(rows: Sequence[Mapping[str, Any]], key: str) -> dict[tuple[str, s
     for (method, variant, protocol, sparsity), group in group_rows(rows).items():
         values = [row["metrics"][key] for row in group if key in row["metrics"]]
         if values:
-            name = row_name(method, variant) + (f", {protocol}" if several else "")
+            name = row_name(method, variant, protocol if several else "")
             found.setdefault((method, name), []).append((sparsity, float(np.mean(values))))
     return {name: sorted(points) for name, points in found.items()}
 
@@ -485,17 +485,19 @@ def _routing(run: RunView) -> str:
     if not rows:
         return ""
     metric = next(key for key in rows[0] if key in ("accuracy", "mse"))
-    groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str, float, str], list[Mapping[str, Any]]] = {}
+    several = len({row.get("protocol", "") for row in rows}) > 1  # older runs' details do not say it
     for row in rows:
-        name = row["router"] + (f" ({row['variant']})" if row.get("variant") else "")
-        groups.setdefault((row.get("variant", ""), row["sparsity"], name), []).append(row)
+        protocol, variant = row.get("protocol", ""), row.get("variant", "")
+        name = row["router"] + (f" ({variant})" if variant else "") + (f", {protocol}" if several and protocol else "")
+        groups.setdefault((protocol, variant, row["sparsity"], name), []).append(row)
     body = [
         [
             router,
             (percent(sparsity), sparsity),
             *(_spread([row[key] for row in group]) for key in ("routing", metric, "calibration")),
         ]
-        for (_, sparsity, router), group in sorted(groups.items())
+        for (_, _, sparsity, router), group in sorted(groups.items())
     ]
     head = ["router", "sparsity", "own ticket", f"end task: {metric}", "calibration error"]
     caption = "two-fold on held-out samples: calibrated on one half, measured on the other; the oracle: by context"

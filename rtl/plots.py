@@ -32,16 +32,16 @@ def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> 
     figure, axes = _figure(len(metrics))
     rows = list(rows)
     for axis, (key, title) in zip(axes, metrics.items(), strict=True):
-        for method, variant, style in _variants(rows):
+        for method, name, style, own in _lines(rows):
             points: dict[float, list[float]] = {}
-            for row in rows:
-                if (row["method"], row["variant"]) == (method, variant) and key in row["metrics"]:
+            for row in own:
+                if key in row["metrics"]:
                     points.setdefault(row["sparsity"], []).append(row["metrics"][key])
             if not points:
                 continue
-            name = row_name(method, variant)
             if method == "dense":
-                axis.axhline(float(np.mean(points[0.0])), color=style["color"], linestyle="--", label=name)
+                line = style.get("linestyle", "--")
+                axis.axhline(float(np.mean(points[0.0])), color=style["color"], linestyle=line, label=name)
                 continue
             x = sorted(points)
             axis.plot(x, [np.mean(points[s]) for s in x], label=name, **style)
@@ -160,15 +160,24 @@ def _round(curve: Curve, found: Alignment, stage: int) -> int:
 GIVEN = ("target", "noisy", "clean")  # of an example, beside what methods make of it
 
 
-def _variants(found: Iterable[Row]) -> list[tuple[str, str, dict[str, Any]]]:
-    """The methods and their variants, with how each is drawn: after a method's first, hollow and dashed."""
-    had = dict.fromkeys((one["method"], one["variant"]) for one in found)
+def _lines(found: Iterable[Row]) -> list[tuple[str, str, dict[str, Any], list[Row]]]:
+    """(method, name, how it is drawn, rows) of each method, variant and protocol: after a method's first, hollow and
+    dashed.
+
+    The name says the protocol where there are several. Figures of single images had none in older runs.
+    """
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for one in found:
+        groups.setdefault((one["method"], one["variant"], one.get("protocol", "")), []).append(one)
+    several = len({protocol for _, _, protocol in groups}) > 1
     drawn = []
     for method, (colour, marker) in STYLES.items():
-        for number, variant in enumerate(variant for own, variant in had if own == method):
-            style = {"color": colour, "marker": marker}
-            further = {"linestyle": (0, (4, 1 + number)), "markerfacecolor": "none"} if number else {}
-            drawn.append((method, variant, style | further))
+        own = [key for key in groups if key[0] == method]
+        for number, key in enumerate(own):
+            style: dict[str, Any] = {"color": colour, "marker": marker}
+            if number:
+                style |= {"linestyle": (0, (4, 1 + number)), "markerfacecolor": "none"}
+            drawn.append((method, row_name(method, key[1], key[2] if several else ""), style, groups[key]))
     return drawn
 
 
@@ -178,15 +187,15 @@ def psnr_by_image(found: Sequence[Mapping[str, Any]]) -> Figure:
     images = list(dict.fromkeys(one["image"] for one in found))
     figure, axes = _figure(len(levels), width=max(2.6, 0.32 * len(images)), height=4.2)
     for axis, level in zip(axes, levels, strict=True):
-        for method, variant, style in _variants(found):
+        for method, name, style, own in _lines(found):
             points: dict[str, list[float]] = {}
-            for one in found:
-                if (one["method"], one["variant"]) == (method, variant) and one["sparsity"] in (level, 0.0):
+            for one in own:
+                if one["sparsity"] in (level, 0.0):
                     points.setdefault(one["image"], []).append(one["psnr"])
             if points:
                 x, y = [images.index(image) for image in points], [np.mean(values) for values in points.values()]
                 style |= {"linestyle": "none"} | ({"marker": "_"} if method == "dense" else {})
-                axis.plot(x, y, label=row_name(method, variant), **style)
+                axis.plot(x, y, label=name, **style)
         axis.set_xticks(range(len(images)), images, rotation=90, fontsize=7)
         axis.set_title(f"PSNR (dB) at {level:.0%} sparsity", fontsize=10)
         axis.grid(alpha=0.25)
@@ -197,10 +206,10 @@ def psnr_by_image(found: Sequence[Mapping[str, Any]]) -> Figure:
 def psnr_against_similarity(found: Sequence[Mapping[str, Any]]) -> Figure:
     """One panel a sparsity, one point a region: its PSNR against its ticket's mean similarity to the others.
 
-    Of the first variant in `found`: all have the same masks.
+    Of the first variant in `found`, since all have the same masks, and of the first protocol.
     """
     regions = [one for one in found if "similarity_by_region" in one]
-    regions = [one for one in regions if one["variant"] == regions[0]["variant"]]
+    regions = [one for one in regions if all(one.get(key) == regions[0].get(key) for key in ("variant", "protocol"))]
     levels = sorted({one["sparsity"] for one in regions}) or [0.0]
     images = list(dict.fromkeys(one["image"] for one in regions))
     figure, axes = _figure(len(levels))

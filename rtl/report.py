@@ -189,9 +189,9 @@ def beside_published(rows: Iterable[Row], published: Iterable[Row]) -> list[list
     return [["method", "protocol", "sparsity", "rule", *head], *lines] if lines else []
 
 
-def row_name(method: str, variant: str) -> str:
-    """What tables and figures call a row's method."""
-    return NAMES[method] + (f" ({variant})" if variant else "")
+def row_name(method: str, variant: str, protocol: str = "") -> str:
+    """What tables and figures call a row's method; `protocol` where there are several, and no column says it."""
+    return NAMES[method] + (f" ({variant})" if variant else "") + (f", {protocol}" if protocol else "")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -189,6 +189,17 @@ def test_too_few_rounds_are_not_called_quiet(folder):
     assert "No collapse alarm" in page([silent])
 
 
+def test_routers_of_several_protocols_are_not_averaged(folder):
+    view = RunView.read(folder)
+    old = [{key: value for key, value in one.items() if key != "protocol"} for one in view.details["routing"]]
+    ours = [one | {"protocol": "paper", "routing": 0.123} for one in old]
+    both = RunView(view.name, folder, view.table, {**view.details, "routing": [*old, *ours]})
+    text = "".join(Outline(page([both])).text)
+    assert "confidence, paper" in text
+    assert "0.123 ± 0.000" in text
+    assert "0.905 ± 0.007" in text  # the older run's own
+
+
 def test_weights_are_counted_by_how_many_tickets_keep_them(html):
     net = rtl.TicketNetwork.from_pretrained(RESULTS / "digits" / "tickets" / "0.9")
     kept = {layer: bank.to_dense().sum(0) for layer, bank in net.net.banks.items()}

@@ -63,6 +63,18 @@ def test_a_methods_variants_are_lines_of_their_own():
     assert drawn["RTL"].get_linestyle() != drawn["RTL (schedule=mixed)"].get_linestyle()
 
 
+def test_protocols_of_merged_runs_are_lines_of_their_own():
+    rows = [row("rtl", s, accuracy=s) for s in (0.5, 0.9)] + [row("dense", 0.0, accuracy=0.7)]
+    rows += [one | {"protocol": "paper", "metrics": {"accuracy": 0.1}} for one in rows]
+    figure = plots.metric_against_sparsity(rows, {"accuracy": "accuracy"})
+    drawn = lines(figure.axes[0])
+    assert drawn.keys() == {"RTL, quick", "RTL, paper", "dense, quick", "dense, paper"}
+    assert list(drawn["RTL, quick"].get_ydata()) == [0.5, 0.9]
+    assert list(drawn["RTL, paper"].get_ydata()) == [0.1, 0.1]
+    assert list(drawn["dense, quick"].get_ydata()) == [0.7, 0.7]
+    assert drawn["RTL, quick"].get_linestyle() != drawn["RTL, paper"].get_linestyle()
+
+
 def test_one_seed_at_one_sparsity_is_drawn():
     figure = plots.metric_against_sparsity([row()], {"accuracy": "accuracy"})
     assert list(lines(figure.axes[0])["RTL"].get_ydata()) == [0.9]
@@ -167,6 +179,15 @@ def test_every_image_has_its_psnr_by_method_at_each_sparsity():
     assert list(drawn["RTL (schedule=mixed)"].get_ydata()) == [19, 19]
     assert list(drawn["dense"].get_ydata()) == [30]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b"]
+
+
+def test_images_of_several_protocols_are_told_apart():
+    found = [per_image("a", "rtl", 0.5, 20, similarity=[0.3, 0.6]) | {"protocol": p} for p in ("reduced", "paper")]
+    found[1] |= {"psnr": 30, "psnr_by_region": [0.0, 0.0]}
+    drawn = lines(plots.psnr_by_image(found).axes[0])
+    assert {name: list(line.get_ydata()) for name, line in drawn.items()} == {"RTL, reduced": [20], "RTL, paper": [30]}
+    (axis,) = plots.psnr_against_similarity(found).axes
+    assert [list(line.get_ydata()) for line in axis.get_lines()] == [[10, 20]]
 
 
 def test_regions_are_points_of_similarity_and_psnr():

@@ -306,10 +306,12 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | None, semantics: Path | None) -> int:
+    from rtl.keep import check_target, keep
     from rtl.page import write_page
-    from rtl.report import merged, read_results, with_semantics, write_into, write_results
+    from rtl.report import main_run, merged, read_results, with_semantics, write_into, write_results
 
     found = [read_results(folder) for folder in folders]
+    main = folders[main_run(found)]
     if merge:
         if to is None:
             raise InputError(f"merge makes one run of {len(folders)}, which needs a folder: give --to DIR")
@@ -318,9 +320,8 @@ def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | 
         found = [(table, with_semantics(details, semantics)) for table, details in found]
     whole = to if merge or len(folders) == 1 else None
     if whole is not None:
-        for folder in reversed(folders):  # of what two runs have, tickets at one sparsity, the first run's stay
-            config = "config.json" if len(folders) == 1 else f"config-{folder.resolve().name}.json"
-            _copy(folder, whole, config)
+        check_target(folders, whole)
+        keep(folders, main, whole)
     for folder, (table, details) in zip(folders, found, strict=False):  # merged, there is one
         write_results(whole or folder, table, details)
         if into is not None:
@@ -332,17 +333,6 @@ def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | 
     write_page([whole] if whole is not None else folders, page)
     print(f"written: {page}{', with table and figures beside it' if len(found) == 1 else ''}")
     return 0
-
-
-def _copy(folder: Path, to: Path, config: str) -> None:
-    """What a report is made from, besides the results, to another folder; config.json under the name `config`."""
-    from rtl.run import write_atomically
-
-    kept = [folder / "config.json", *sorted((folder / "tickets").glob("*/*")), *sorted((folder / "media").rglob("*"))]
-    for file in kept:
-        if file.is_file():
-            name = config if file == kept[0] else file.relative_to(folder)
-            write_atomically(to / name, file.read_bytes())
 
 
 def _enhance(run: Path, file: Path, scene: str, output: Path, sparsity: float | None) -> int:

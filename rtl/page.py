@@ -1,8 +1,8 @@
 """The report page: one HTML file for one run or several side by side, with nothing to fetch.
 
-It shows what a run's folder holds: table.json and details.json; config.json; the tickets' masks in tickets/; and the
-pictures and sounds below media/ (`media/GROUP/NAME.png`, shown under their names), which recipes for images and speech
-leave there.
+It shows what a run's folder holds: table.json and details.json; its settings (`rtl.keep.settings`); the tickets' masks
+in tickets/; and the pictures and sounds below media/ (`media/GROUP/NAME.png`, shown under their names), which recipes
+for images and speech leave there.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import rtl_kernels as rk
 from rtl.alignment import Alignment
 from rtl.collapse import LOST, WARM_UP, Alarm, verdicts
 from rtl.curve import Curve, mean_to_others
+from rtl.keep import settings
 from rtl.report import NAMES, PAPER, columns, group_rows, read_results, row_name
 from rtl.run import write_atomically
 from rtl.svg import Mark, Series, figure, halves, line_chart, percent, stacked, table, tree
@@ -67,10 +68,10 @@ class RunView:
         return [Alarm(**alarm) for alarm in self.details.get("alarms", [])]
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        file = self.folder / "config.json"
-        values: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-        return values
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The settings, by the name of each merged run ("" for a run)."""
+        names = {file: file.stem.removeprefix("config").removeprefix("-") for file in settings(self.folder)}
+        return {name: json.loads(file.read_text()) for file, name in names.items()}
 
     @cached_property
     def banks(self) -> dict[float, Mapping[str, rk.MaskBank]]:
@@ -603,10 +604,14 @@ def _cost(run: RunView) -> str:
 
 
 def _what(run: RunView) -> str:
-    settings = [[key, json.dumps(value)] for key, value in run.config.items() if not key.startswith("_")]
+    lists = []
+    for name, config in run.configs.items():
+        lines = [[key, json.dumps(value)] for key, value in config.items() if not key.startswith("_")]
+        title = f"settings of {name}" if name else "settings"
+        lists.append(f"<details><summary>{escape(title)}</summary>{table(['setting', 'value'], lines)}</details>")
     circumstances = [[key, str(value)] for key, value in run.table["environment"].items()]
     return (
         f"<pre><code>{escape(run.table['command'])}</code></pre>"
-        + (f"<details><summary>settings</summary>{table(['setting', 'value'], settings)}</details>" if settings else "")
+        + "".join(lists)
         + table(["environment", ""], circumstances)
     )

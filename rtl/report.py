@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rtl.errors import InputError
 from rtl.run import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from rtl.curve import Curve
@@ -208,10 +210,14 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *body])
 
 
+_FIGURE = re.compile(r"metric|similarity|alignment|(similarity-by-depth|psnr|example)-.*")  # names of those below
+
+
 def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping[str, Any]) -> None:
     """Write figures/*.png, table.md, details.json and, last, table.json of a run to a folder, each whole or not at all.
 
-    A folder that holds a table.json holds all of them. Examples in its `media` (`plots.example`) are drawn too.
+    A folder that holds a table.json holds all of them. Examples in its `media` (`plots.example`) are drawn too. Such
+    figures of results that were there before, and these have not, are removed.
     """
     from rtl import plots
     from rtl.alignment import Alignment
@@ -220,31 +226,36 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
     from rtl.diagnose import Similarity
 
     folder = Path(folder)
-    figures = folder / "figures"
+    drawn = set()
+
+    def draw(name: str, figure: Figure) -> None:
+        plots.save(figure, folder / "figures" / f"{name}.png")
+        drawn.add(name)
+
     had = {key for row in table["rows"] for key in row["metrics"]}
     shown = {key: title for key, title in CURVES.items() if key in had}
-    plots.save(plots.metric_against_sparsity(table["rows"], shown), figures / "metric.png")
+    draw("metric", plots.metric_against_sparsity(table["rows"], shown))
     if "curve" in details:
         curve, found = Curve.from_json(details["curve"]), [Alarm(**alarm) for alarm in details["alarms"]]
-        plots.save(plots.similarity_against_sparsity(curve, found), figures / "similarity.png")
+        draw("similarity", plots.similarity_against_sparsity(curve, found))
         if "alignment" in details:
-            aligned = Alignment.from_json(details["alignment"])
-            plots.save(plots.semantic_alignment(curve, aligned), figures / "alignment.png")
+            draw("alignment", plots.semantic_alignment(curve, Alignment.from_json(details["alignment"])))
     for level, values in details.get("similarity", {}).items():
-        plots.save(
-            plots.similarity_by_depth(Similarity.from_json(values), float(level)),
-            figures / f"similarity-by-depth-{level}.png",
-        )
+        depth = plots.similarity_by_depth(Similarity.from_json(values), float(level))
+        draw(f"similarity-by-depth-{level}", depth)
     if "per_image" in details:
-        plots.save(plots.psnr_by_image(details["per_image"]), figures / "psnr-by-image.png")
-        plots.save(plots.psnr_against_similarity(details["per_image"]), figures / "psnr-against-similarity.png")
+        draw("psnr-by-image", plots.psnr_by_image(details["per_image"]))
+        draw("psnr-against-similarity", plots.psnr_against_similarity(details["per_image"]))
     for group in sorted({file.parent for name in plots.GIVEN for file in (folder / "media").glob(f"*/{name}.*")}):
-        plots.save(plots.example(group), figures / f"example-{group.name}.png")
+        draw(f"example-{group.name}", plots.example(group))
     compared = beside_published(table["rows"], table.get("published", ()))
     tables = [markdown(lines) for lines in (summary(table["rows"]), compared) if lines]
     write_atomically(folder / "table.md", "\n".join(tables).encode())
     for name, content in (("details.json", details), ("table.json", table)):
         write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    for old in (folder / "figures").glob("*.png"):
+        if old.stem not in drawn and _FIGURE.fullmatch(old.stem):
+            old.unlink()
 
 
 def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -265,16 +276,20 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return table, details
 
 
+def main_run(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> int:
+    """Which of several runs' tickets are those of the merged run: the first's whose details say what tickets share."""
+    return next((number for number, (_, details) in enumerate(results) if "similarity" in details), 0)
+
+
 def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tables and details of several runs of one recipe as those of one, in that order.
 
     Commands are joined by " && "; of an environment that differs, all values are kept; what the details say of tickets
-    (their similarity, examples) is of the first run that has any. Raises InputError for other recipes, or a row that
-    two runs have.
+    (their similarity, examples) is of the `main_run`. Raises InputError for other recipes, or a row that two runs have.
     """
-    (table, details), *others = results
-    table, details = dict(table), dict(details)
-    for other, more in others:
+    (table, _), *others = results
+    table = dict(table)
+    for other, _ in others:
         if other["recipe"] != table["recipe"]:
             raise InputError(f"runs are of {table['recipe']!r} and of {other['recipe']!r}, expected one recipe")
         table["rows"] = [*table["rows"], *other["rows"]]
@@ -286,12 +301,10 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
             for key, value in other["environment"].items()
             if str(value) not in str(table["environment"].get(key, "?")).split(" / ")
         }
-        lists = {
-            k: [*details.get(k, []), *more.get(k, [])]
-            for k in ("per_class", "per_image", "routing")
-            if k in details or k in more
-        }
-        details = (details if "similarity" in details else {**details, **more}) | lists
+    details = dict(results[main_run(results)][1])
+    for key in ("per_class", "per_image", "routing"):
+        if any(key in one for _, one in results):
+            details[key] = [values for _, one in results for values in one.get(key, [])]
     seen = set()
     for row in table["rows"]:
         which = tuple(row[key] for key in ("method", "protocol", "variant", "sparsity", "seed"))

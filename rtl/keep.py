@@ -1,0 +1,88 @@
+"""Results kept in another folder than their run's: the settings, tickets and media that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rtl.errors import InputError
+from rtl.run import write_atomically
+
+
+def check_target(folders: Sequence[Path], to: Path) -> None:
+    """Raise InputError if `to` is the folder of a run, whose own settings and tickets would be replaced.
+
+    A single run may be kept where it is.
+    """
+    if (to / ".lock").exists() and [folder.resolve() for folder in folders] != [to.resolve()]:
+        raise InputError(f"to is {str(to)!r}, a run's own folder, whose results would be replaced: give another folder")
+
+
+def settings(folder: Path) -> list[Path]:
+    """The configuration a folder holds: config.json, of a run, or config-NAME.json of each merged one."""
+    return [file for file in (folder / "config.json", *sorted(folder.glob("config-*.json"))) if file.is_file()]
+
+
+def keep(folders: Sequence[Path], main: Path, to: Path) -> None:
+    """Copy runs' settings, and one run's tickets and media, to a folder that results of theirs are written to next.
+
+    Others that it holds, beside older results, are removed when all is copied.
+
+    Args:
+        folders: of the runs. Of several, config.json becomes config-NAME.json, by the folder's name.
+        main: the one of them whose tickets and media are copied.
+        to: the folder.
+    """
+    new = {to / f"{name}.json": file for name, file in _named_settings(folders).items()}
+    for target, file in new.items():
+        _copy(file, target)
+    for level in _folders(main / "tickets"):
+        new |= _copy_tickets(level, to / level.relative_to(main))
+    for file in _files(main / "media"):
+        new[to / file.relative_to(main)] = file
+        _copy(file, to / file.relative_to(main))
+    if (to / "table.json").is_file():  # the folder is ours, and not one with tickets or media of somebody else's
+        old = [*settings(to), *_files(to / "tickets"), *_files(to / "media")]
+        for file in sorted(set(old) - new.keys(), key=lambda file: file.name != "tickets.json"):
+            file.unlink()
+        for folder in sorted([*_folders(to / "tickets"), *_folders(to / "media")], reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _named_settings(folders: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for file in settings(folder):
+            name = f"config-{folder.resolve().name}" if len(folders) > 1 and file.stem == "config" else file.stem
+            while name in found:  # two folders of one name
+                name += "-2"
+            found[name] = file
+    return found
+
+
+def _copy_tickets(level: Path, to: Path) -> dict[Path, Path]:
+    """Copy what `TicketNetwork.save_pretrained` and the routers left, in an order that they share.
+
+    A description never stands beside the tensors of another: tickets.json goes before anything changes and comes last.
+    """
+    files = {to / file.name: file for file in _files(level) if file.parent == level}
+    if level.resolve() != to.resolve():
+        (to / "tickets.json").unlink(missing_ok=True)
+        for target in sorted(files, key=lambda file: (file.name == "tickets.json", file.suffix == ".json", file.name)):
+            _copy(files[target], target)
+    return files
+
+
+def _copy(file: Path, to: Path) -> None:
+    if file.resolve() != to.resolve():
+        write_atomically(to, file.read_bytes())
+
+
+def _files(folder: Path) -> list[Path]:
+    """All below it, but what a killed process left half written."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [below for below in sorted(folder.rglob("*")) if below.is_dir()]

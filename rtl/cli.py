@@ -106,7 +106,11 @@ def _dispatch(arguments: list[str]) -> int:
         "page (default: the first RUN)",
     )
     report.add_argument(
-        "--into", type=Path, metavar="FILE", help="put the tables between their marks in a Markdown file"
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help="put the tables in a Markdown file, between its lines <!-- table: RECIPE --> and <!-- end -->, and the "
+        "comparisons with the paper below <!-- published: RECIPE -->",
     )
     report.add_argument(
         "--semantics",
@@ -308,7 +312,15 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | None, semantics: Path | None) -> int:
     from rtl.keep import check_target, keep
     from rtl.page import write_page
-    from rtl.report import main_run, merged, read_results, with_semantics, write_into, write_results
+    from rtl.report import (
+        check_document,
+        main_run,
+        merged,
+        read_results,
+        with_semantics,
+        write_into,
+        write_results,
+    )
 
     found = [read_results(folder) for folder in folders]
     main = folders[main_run(found)]
@@ -321,6 +333,11 @@ def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | 
     whole = to if merge or len(folders) == 1 else None
     if whole is not None:
         check_target(folders, whole)
+    if into is not None:
+        for mark in check_document(into, [table for table, _ in found]):
+            said = f"{into} has no line {mark!r}, with '<!-- end -->' below it, for the comparison with the paper"
+            print(f"rtl: {said}", file=sys.stderr)
+    if whole is not None:
         keep(folders, main, whole)
     for folder, (table, details) in zip(folders, found, strict=False):  # merged, there is one
         write_results(whole or folder, table, details)

@@ -364,13 +364,29 @@ def _curve_of_tickets(folder: Path) -> Curve | None:
     return Curve.of(nets[0].names, [net.net.banks for net in nets]) if nets and len(nets[0].names) > 1 else None
 
 
+def check_document(document: Path, tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Raise InputError unless a document has a place for each of these runs' tables (`write_into`).
+
+    Returns what it has no place for: the marks of comparisons with the paper.
+    """
+    text, missing = _text(document), []
+    for table in tables:
+        _replaced(document, text, f"table: {table['recipe']}", "")
+        mark = f"published: {table['recipe']}"
+        if f"<!-- {mark} -->\n" in text:
+            _replaced(document, text, mark, "")
+        elif beside_published(table["rows"], table.get("published", ())):
+            missing.append(f"<!-- {mark} -->")
+    return missing
+
+
 def write_into(document: Path, table: Mapping[str, Any]) -> None:
     """Replace the table between `<!-- table: RECIPE -->` and `<!-- end -->` in a document by a run's.
 
     So is one between `<!-- published: RECIPE -->` and `<!-- end -->`, if there is such a place, by the comparison with
     the paper. Raises InputError if the document has no place for the table, or one that does not end.
     """
-    text = _replaced(document, document.read_text(), f"table: {table['recipe']}", markdown(summary(table["rows"])))
+    text = _replaced(document, _text(document), f"table: {table['recipe']}", markdown(summary(table["rows"])))
     mark = f"published: {table['recipe']}"
     if f"<!-- {mark} -->\n" in text:
         compared = beside_published(table["rows"], table.get("published", ()))
@@ -383,12 +399,22 @@ def replace_between(document: Path, mark: str, text: str) -> None:
 
     Raises InputError if the document has no such place.
     """
-    write_atomically(document, _replaced(document, document.read_text(), mark, text).encode())
+    write_atomically(document, _replaced(document, _text(document), mark, text).encode())
+
+
+def _text(document: Path) -> str:
+    try:
+        return document.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"document is {str(document)!r}, which cannot be read ({error}): give a text file") from error
 
 
 def _replaced(document: Path, content: str, mark: str, text: str) -> str:
     begin, end = f"<!-- {mark} -->\n", "<!-- end -->"
     before, found, after = content.partition(begin)
     if not found or end not in after:
-        raise InputError(f"document is {str(document)!r}, which has no line {begin.strip()!r} with an {end!r} after it")
+        raise InputError(
+            f"document is {str(document)!r}, which has no line {begin.strip()!r} with a line {end!r} after it: add both "
+            "where the text belongs"
+        )
     return before + begin + text + after[after.index(end) :]

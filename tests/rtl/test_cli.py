@@ -17,6 +17,7 @@ from rtl.cli import main
 from rtl.curve import Curve
 from rtl.diagnose import Similarity
 from rtl.recipes import recipe
+from rtl.recipes.published import published
 from rtl.report import environment, insights, markdown, summary, write_results
 from rtl.run import Run
 
@@ -167,6 +168,13 @@ def test_the_recorded_command_says_what_was_run_and_on_what_but_not_where_that_i
         ("report done done --merge", "merge makes one run of 2, which needs a folder: give --to DIR"),
         ("report done done --merge --to both", "runs have a row twice"),
         ("report empty --bogus", "--bogus"),
+        ("report done --into nowhere.md", "document is 'nowhere.md', which cannot be read"),
+        ("report done --into empty", "document is 'empty', which cannot be read"),
+        (
+            "report done --into file",
+            "has no line '<!-- table: digits -->' with a line '<!-- end -->' after it: add both where",
+        ),
+        ("report done done --to new --into file", "has no line '<!-- table: digits -->'"),
         ("report done --semantics file", "semantics is given, but the run has no three tickets"),
         ("watch nowhere", "run is 'nowhere', which holds no config.json"),
         ("watch half --every 0", "every is 0.0, expected a number of seconds above 0"),
@@ -284,6 +292,33 @@ def test_several_runs_are_one_page_and_each_ones_table(capsys, folder):
     assert "RTL" in after.pop("R.md").decode()
     del before["R.md"]
     assert after == before
+
+
+def test_of_several_tables_one_without_its_mark_stops_all(capsys, folder):
+    finished(folder / "one")
+    table = {"recipe": "cifar10", "command": "c", "environment": environment(), "rows": [row()]}
+    write_results(folder / "two", table, {"class_names": [], "per_class": []})
+    (folder / "R.md").write_text("<!-- table: digits -->\n<!-- end -->\n")
+    before = tree(folder)
+    code, out, err = call(capsys, "report", "one", "two", "--into", "R.md")
+    assert (code, out) == (2, "")
+    assert "no line '<!-- table: cifar10 -->'" in err
+    assert tree(folder) == before
+
+
+def test_a_missing_place_for_the_papers_figures_is_said_and_no_error(capsys, folder):
+    metrics = {f"{name}.{rule}": 0.5 for name in ("precision", "recall") for rule in ("threshold", "argmax")}
+    rows = [row(**metrics)]
+    table = {"recipe": "cifar10", "command": "c", "environment": environment(), "rows": rows}
+    write_results(folder / "done", table | {"published": published("cifar10")}, {"class_names": [], "per_class": []})
+    (folder / "R.md").write_text("<!-- table: cifar10 -->\n<!-- end -->\n")
+    code, _, err = call(capsys, "report", "done", "--into", "R.md")
+    assert code == 0
+    assert err.count("\n") == 1
+    assert "R.md has no line '<!-- published: cifar10 -->'" in err
+    (folder / "R.md").write_text("<!-- table: cifar10 -->\n<!-- end -->\n<!-- published: cifar10 -->\n<!-- end -->\n")
+    assert call(capsys, "report", "done", "--into", "R.md")[2] == ""
+    assert "0.778" in (folder / "R.md").read_text()
 
 
 def test_meaning_of_ones_own_is_set_against_sharing(capsys, folder):

@@ -29,6 +29,8 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("prec. thr.", "precision.threshold"),
     ("recall thr.", "recall.threshold"),
     ("BA argmax", "balanced_accuracy.argmax"),
+    ("prec. argmax", "precision.argmax"),
+    ("recall argmax", "recall.argmax"),
     ("accuracy", "accuracy"),
     ("PSNR", "psnr"),
     ("PSNR pooled", "psnr.pooled"),
@@ -414,7 +416,7 @@ def _replaced(document: Path, content: str, mark: str, text: str) -> str:
     before, found, after = content.partition(begin)
     if not found or end not in after:
         raise InputError(
-            f"document is {str(document)!r}, which has no line {begin.strip()!r} with a line {end!r} after it: add both "
-            "where the text belongs"
+            f"document is {str(document)!r}, which has no line {begin.strip()!r} with a line {end!r} after it: add "
+            "both where the text belongs"
         )
     return before + begin + text + after[after.index(end) :]

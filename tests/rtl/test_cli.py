@@ -172,7 +172,7 @@ def test_the_recorded_command_says_what_was_run_and_on_what_but_not_where_that_i
         ("report done --into empty", "document is 'empty', which cannot be read"),
         (
             "report done --into file",
-            "has no line '<!-- table: digits -->' with a line '<!-- end -->' after it: add both where",
+            "has no line '<!-- table: digits -->' with a line '<!-- end -->' after it: add both",
         ),
         ("report done done --to new --into file", "has no line '<!-- table: digits -->'"),
         ("report done --semantics file", "semantics is given, but the run has no three tickets"),

@@ -83,6 +83,14 @@ def test_a_line_is_the_mean_and_standard_deviation_over_seeds_of_one_method_vari
     assert first["BN params"] == "10"
 
 
+def test_every_metric_has_a_column_under_both_decision_rules():
+    head, line = summary([row(**OURS)])
+    cells = dict(zip(head, line, strict=True))
+    for heading, name in (("BA", "balanced_accuracy"), ("prec.", "precision"), ("recall", "recall")):
+        assert cells[f"{heading} thr."] == f"{OURS[f'{name}.threshold']:.3f}"
+        assert cells[f"{heading} argmax"] == f"{OURS[f'{name}.argmax']:.3f}"
+
+
 def test_protocols_are_told_apart():
     rows = [row(), row() | {"protocol": "paper"}, row(seed=1) | {"protocol": "paper"}]
     assert [line[:3] for line in summary(rows)[1:]] == [["RTL", "quick", "50%"], ["RTL", "paper", "50%"]]

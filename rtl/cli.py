@@ -212,7 +212,6 @@ def _run(name: str | None, arguments: list[str]) -> int:
     import tyro
 
     from rtl.page import write_page
-    from rtl.recipes.published import published
     from rtl.report import environment, read_results, write_results
     from rtl.run import Run
 
@@ -260,7 +259,6 @@ def _run(name: str | None, arguments: list[str]) -> int:
             "recipe": name,
             "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
             "environment": environment(),
-            "published": published(name),
             "rows": rows,
         }
         if (out / "table.json").exists() and (before := read_results(out)[0])["rows"] == rows:
@@ -383,12 +381,14 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _print_table(results: dict[str, Any]) -> None:
-    from rtl.report import beside_published, summary
+    from rtl.report import beside_published, remarks, summary
 
     _print_lines("mean ± standard deviation over seeds", summary(results["rows"]))
-    compared = beside_published(results["rows"], results.get("published", ()))
+    compared = beside_published(results)
     if compared:
-        _print_lines("beside the paper, under its decision rule", compared)
+        _print_lines("beside the paper" + (", under its decision rule" if "rule" in compared[0] else ""), compared)
+        for said in remarks(results):
+            print(said)
 
 
 def _print_lines(title: str, lines: Sequence[Sequence[str]]) -> None:

@@ -27,7 +27,7 @@ from rtl.alignment import Alignment
 from rtl.collapse import LOST, WARM_UP, Alarm, verdicts
 from rtl.curve import Curve, mean_to_others
 from rtl.keep import settings
-from rtl.report import NAMES, PAPER, columns, group_rows, read_results, row_name
+from rtl.report import NAMES, columns, group_rows, read_results, remarks, row_name
 from rtl.run import write_atomically
 from rtl.svg import Mark, Series, figure, halves, line_chart, percent, stacked, table, tree
 
@@ -158,6 +158,8 @@ def _lead(runs: Sequence[RunView]) -> str:
 
 
 def _results(runs: Sequence[RunView]) -> str:
+    from rtl.recipes.published import published
+
     rows = [row for run in runs for row in run.table["rows"]]
     shown = columns(rows)
     head = [*(["run"] if len(runs) > 1 else []), "method", "protocol", "sparsity", *(h for h, _ in shown)]
@@ -171,14 +173,16 @@ def _results(runs: Sequence[RunView]) -> str:
             line += [_count([row[key] for row in group]) for key in ("params", "samples")]
             body.append(line)
     for recipe in dict.fromkeys(run.table["recipe"] for run in runs):
-        for (method, sparsity), metrics in PAPER.get(recipe, {}).items():
+        for paper in published(recipe):
+            metrics = paper["metrics"]
             line = ["paper"] if len(runs) > 1 else []
-            line += [f"paper: {NAMES[method]}", "–", (percent(sparsity), sparsity)]
+            line += [f"paper: {NAMES[paper['method']]}", "–", (percent(paper["sparsity"]), paper["sparsity"])]
             line += [(f"{metrics[key]:.3f}", metrics[key]) if key in metrics else ("–", None) for _, key in shown]
-            line += [(f"{metrics['params']:,.0f}", metrics["params"]), ("–", None)]
+            line += [(f"{paper['params']:,}", paper["params"]), ("–", None)]
             body.append(line)
     caption = "mean ± standard deviation over seeds; a heading sorts"
-    return table(head, body, sortable=True, caption=caption)
+    known = dict.fromkeys(said for run in runs for said in remarks(run.table))
+    return table(head, body, sortable=True, caption=caption) + "".join(f"<p>{escape(said)}</p>" for said in known)
 
 
 def _spread(values: Sequence[float]) -> tuple[str, float | None]:

@@ -38,58 +38,6 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("similarity", "similarity"),
 )
 
-_BA, _P, _R = "balanced_accuracy.threshold", "precision.threshold", "recall.threshold"
-
-
-def _paper(method: str, **values: tuple[float, ...]) -> dict[tuple[str, float], dict[str, float]]:
-    """Figures at 25, 50 and 75 % sparsity, by the metric's key; parameters in thousands."""
-    keys = {"ba": _BA, "p": _P, "r": _R, "ba_argmax": "balanced_accuracy.argmax"}
-    return {
-        (method, sparsity): {keys.get(k, k): v[at] * (1000 if k == "params" else 1) for k, v in values.items()}
-        for at, sparsity in enumerate((0.25, 0.5, 0.75))
-    }
-
-
-# The paper's tables (arXiv 2601.22141), by recipe. Its single model's figures follow from argmax, so they stand there:
-# its recall is plain accuracy on CIFAR-10 (on CIFAR-100 it cannot be read so).
-PAPER: dict[str, dict[tuple[str, float], dict[str, float]]] = {
-    "cifar10": {
-        **_paper(
-            "rtl", ba=(0.781, 0.778, 0.772), p=(0.282, 0.276, 0.257), r=(0.821, 0.810, 0.816), params=(103, 72, 38)
-        ),
-        **_paper("imp_single", ba_argmax=(0.711, 0.711, 0.732), accuracy=(0.480, 0.480, 0.518), params=(94, 63, 31)),
-        **_paper(
-            "imp_multiple",
-            ba=(0.712, 0.710, 0.760),
-            p=(0.233, 0.222, 0.262),
-            r=(0.701, 0.702, 0.766),
-            params=(944, 629, 314),
-        ),
-    },
-    "cifar100": {
-        **_paper(
-            "rtl", ba=(0.765, 0.751, 0.759), p=(0.298, 0.290, 0.289), r=(0.764, 0.729, 0.754), params=(108, 76, 40)
-        ),
-        **_paper("imp_single", ba_argmax=(0.722, 0.707, 0.742), params=(94, 63, 31)),
-        **_paper(
-            "imp_multiple",
-            ba=(0.712, 0.700, 0.744),
-            p=(0.276, 0.271, 0.286),
-            r=(0.660, 0.637, 0.732),
-            params=(944, 629, 314),
-        ),
-    },
-    "inr": {
-        **_paper("rtl", psnr=(18.86, 17.25, 14.87), params=(48.0, 36.5, 22.0)),
-        **_paper("imp_single", psnr=(15.94, 14.72, 12.69), params=(40.5, 27.0, 13.5)),
-    },
-    "speech": {
-        **_paper("rtl", si_snri=(7.248, 7.178, 6.992), params=(32.0, 22.8, 12.3)),
-        **_paper("imp_single", si_snri=(6.885, 6.970, 6.967), params=(28.0, 18.6, 9.3)),
-        **_paper("imp_multiple", si_snri=(5.295, 5.775, 5.899), params=(84.1, 56.1, 28.0)),
-    },
-}
-
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The columns, heading and key of a metric, that some row has.
@@ -169,28 +117,60 @@ def summary(rows: Iterable[Row]) -> list[list[str]]:
     return lines
 
 
-def beside_published(rows: Iterable[Row], published: Iterable[Row]) -> list[list[str]]:
-    """Our rows beside the paper's of the same method and sparsity, under its decision rule, below a heading.
+# What is set beside the paper, under whichever decision rule is its own, and its heading.
+_COMPARED = {
+    "balanced_accuracy": "BA",
+    "precision": "precision",
+    "recall": "recall",
+    "psnr": "PSNR",
+    "si_snri": "SI-SNRi",
+}
+
+
+def beside_published(table: Mapping[str, Any]) -> list[list[str]]:
+    """A run's rows beside the paper's of the same method and sparsity, under its decision rule, below a heading.
 
     Each figure is ours (mean over seeds), the paper's and the difference; #Params differ by a fraction of the paper's.
     Empty if the paper has none of the rows.
     """
-    theirs = {(row["method"], row["sparsity"]): row for row in published}
-    columns = {"BA": "balanced_accuracy", "precision": "precision", "recall": "recall"}
+    from rtl.recipes.published import published
+
+    theirs = {(row["method"], row["sparsity"]): row for row in published(table["recipe"])}
+    keys = [key.partition(".") for row in theirs.values() for key in row["metrics"]]
+    shown = [name for name in _COMPARED if name in {name for name, _, _ in keys}]
+    ruled = any(rule for _, _, rule in keys)
     lines = []
-    for (method, variant, protocol, sparsity), group in group_rows(rows).items():
+    for (method, variant, protocol, sparsity), group in group_rows(table["rows"]).items():
         paper = theirs.get((method, sparsity))
         if paper is None:
             continue
-        cells = []
-        for key in columns.values():
-            own = statistics.mean(row["metrics"][f"{key}.{paper['rule']}"] for row in group)
-            cells += [f"{own:.3f}", f"{paper[key]:.3f}", f"{own - paper[key]:+.3f}"]
+        line = [row_name(method, variant), protocol, f"{sparsity:.0%}"]
+        if ruled:
+            line.append(next(iter(paper["metrics"])).partition(".")[2])  # the same for all
+        for name in shown:
+            key, value = next((key, value) for key, value in paper["metrics"].items() if key.partition(".")[0] == name)
+            own = [row["metrics"][key] for row in group if key in row["metrics"]]
+            line += [f"{statistics.mean(own):.3f}" if own else "–", f"{value:.3f}"]
+            line.append(f"{statistics.mean(own) - value:+.3f}" if own else "–")
         params = statistics.mean(row["params"] for row in group)
-        cells += [f"{params:,.0f}", f"{paper['params']:,}", f"{params / paper['params'] - 1:+.1%}"]
-        lines.append([row_name(method, variant), protocol, f"{sparsity:.0%}", paper["rule"], *cells])
-    head = [f"{name}{column}" for name in (*columns, "#Params") for column in (", ours", ", paper", ", difference")]
-    return [["method", "protocol", "sparsity", "rule", *head], *lines] if lines else []
+        lines.append([*line, f"{params:,.0f}", f"{paper['params']:,}", f"{params / paper['params'] - 1:+.1%}"])
+    names = [*(_COMPARED[name] for name in shown), "#Params"]
+    head = [f"{name}, {whose}" for name in names for whose in ("ours", "paper", "difference")]
+    return [["method", "protocol", "sparsity", *(["rule"] if ruled else []), *head], *lines] if lines else []
+
+
+def remarks(table: Mapping[str, Any]) -> list[str]:
+    """What is to be known of the paper's figures for this run's methods."""
+    from rtl.recipes.published import REMARKS
+
+    methods = {row["method"] for row in table["rows"]}
+    return [said for (recipe, method), said in REMARKS.items() if recipe == table["recipe"] and method in methods]
+
+
+def comparison(table: Mapping[str, Any]) -> str:
+    """`beside_published` in Markdown, with what is to be known of it; "" if the paper has none of the rows."""
+    lines = beside_published(table)
+    return markdown(lines) + "".join(f"\n{said}\n" for said in remarks(table)) if lines else ""
 
 
 def row_name(method: str, variant: str, protocol: str = "") -> str:
@@ -250,9 +230,8 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
         draw("psnr-against-similarity", plots.psnr_against_similarity(details["per_image"]))
     for group in sorted({file.parent for name in plots.GIVEN for file in (folder / "media").glob(f"*/{name}.*")}):
         draw(f"example-{group.name}", plots.example(group))
-    compared = beside_published(table["rows"], table.get("published", ()))
-    tables = [markdown(lines) for lines in (summary(table["rows"]), compared) if lines]
-    write_atomically(folder / "table.md", "\n".join(tables).encode())
+    tables = (markdown(summary(table["rows"])), comparison(table))
+    write_atomically(folder / "table.md", "\n".join(filter(None, tables)).encode())
     for name, content in (("details.json", details), ("table.json", table)):
         write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     for old in (folder / "figures").glob("*.png"):
@@ -271,6 +250,7 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(
             f"run is {str(folder)!r}, which holds no finished results ({error}): finish `rtl run`"
         ) from error
+    table.pop("published", None)  # older runs held a copy of the paper's figures
     if "curve" not in details:
         curve = _curve_of_tickets(Path(folder) / "tickets")
         if curve is not None:
@@ -377,7 +357,7 @@ def check_document(document: Path, tables: Sequence[Mapping[str, Any]]) -> list[
         mark = f"published: {table['recipe']}"
         if f"<!-- {mark} -->\n" in text:
             _replaced(document, text, mark, "")
-        elif beside_published(table["rows"], table.get("published", ())):
+        elif beside_published(table):
             missing.append(f"<!-- {mark} -->")
     return missing
 
@@ -391,8 +371,7 @@ def write_into(document: Path, table: Mapping[str, Any]) -> None:
     text = _replaced(document, _text(document), f"table: {table['recipe']}", markdown(summary(table["rows"])))
     mark = f"published: {table['recipe']}"
     if f"<!-- {mark} -->\n" in text:
-        compared = beside_published(table["rows"], table.get("published", ()))
-        text = _replaced(document, text, mark, markdown(compared) if compared else "")
+        text = _replaced(document, text, mark, comparison(table))
     write_atomically(document, text.encode())
 
 

@@ -17,7 +17,6 @@ from rtl.cli import main
 from rtl.curve import Curve
 from rtl.diagnose import Similarity
 from rtl.recipes import recipe
-from rtl.recipes.published import published
 from rtl.report import environment, insights, markdown, summary, write_results
 from rtl.run import Run
 
@@ -310,7 +309,7 @@ def test_a_missing_place_for_the_papers_figures_is_said_and_no_error(capsys, fol
     metrics = {f"{name}.{rule}": 0.5 for name in ("precision", "recall") for rule in ("threshold", "argmax")}
     rows = [row(**metrics)]
     table = {"recipe": "cifar10", "command": "c", "environment": environment(), "rows": rows}
-    write_results(folder / "done", table | {"published": published("cifar10")}, {"class_names": [], "per_class": []})
+    write_results(folder / "done", table, {"class_names": [], "per_class": []})
     (folder / "R.md").write_text("<!-- table: cifar10 -->\n<!-- end -->\n")
     code, _, err = call(capsys, "report", "done", "--into", "R.md")
     assert code == 0

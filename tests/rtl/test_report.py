@@ -11,9 +11,10 @@ from rtl.collapse import Alarm
 from rtl.curve import Curve
 from rtl.diagnose import Similarity
 from rtl.errors import InputError
-from rtl.recipes.published import published
+from rtl.recipes.published import REMARKS
 from rtl.report import (
     beside_published,
+    comparison,
     environment,
     markdown,
     merged,
@@ -110,7 +111,7 @@ OURS = {
 
 def test_our_figures_stand_beside_the_papers_under_the_papers_rule():
     rows = [row("rtl", **OURS), row("imp_single", **OURS), row("rtl", 0.9, **OURS), row("dense", 0.0, **OURS)]
-    head, *lines = beside_published(rows, published("cifar10"))
+    head, *lines = beside_published({"recipe": "cifar10", "rows": rows})
     tickets, single = (dict(zip(head, line, strict=True)) for line in lines)
     assert (tickets["method"], tickets["protocol"], tickets["sparsity"]) == ("RTL", "quick", "50%")
     assert tickets["rule"] == "threshold"
@@ -123,12 +124,41 @@ def test_our_figures_stand_beside_the_papers_under_the_papers_rule():
 
 def test_what_is_beside_the_paper_is_the_mean_over_seeds():
     rows = [row("rtl", seed=s, **OURS | {"recall.threshold": value}) for s, value in enumerate((0.7, 0.8, 0.9))]
-    (_, line) = beside_published(rows, published("cifar10"))
+    (_, line) = beside_published({"recipe": "cifar10", "rows": rows})
     assert "0.800" in line
 
 
 def test_a_recipe_the_paper_has_no_table_of_has_none_here():
-    assert beside_published([row("rtl", **OURS)], published("digits")) == []
+    assert beside_published({"recipe": "digits", "rows": [row("rtl", **OURS)]}) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "heading", "cells"),
+    [
+        ("inr", "psnr", "PSNR", ["20.000", "17.250", "+2.750"]),
+        ("speech", "si_snri", "SI-SNRi", ["20.000", "7.178", "+12.822"]),
+    ],
+)
+def test_pictures_and_speech_are_compared_without_a_decision_rule(recipe, key, heading, cells):
+    rows = [row("rtl", **{key: 20.0}), row("imp_single", **{key: 10.0})]
+    head, line, _ = beside_published({"recipe": recipe, "rows": rows})
+    assert "rule" not in head
+    assert line[:6] == ["RTL", "quick", "50%", *cells]
+    assert head[3:6] == [f"{heading}, {whose}" for whose in ("ours", "paper", "difference")]
+
+
+def test_a_metric_we_have_not_is_a_dash_beside_the_papers():
+    head, line = beside_published({"recipe": "cifar10", "rows": [row("rtl")]})
+    cells = dict(zip(head, line, strict=True))
+    assert [cells[f"recall, {whose}"] for whose in ("ours", "paper", "difference")] == ["–", "0.810", "–"]
+    assert cells["BA, ours"] == "0.800"
+
+
+def test_what_cannot_be_read_of_the_papers_figures_is_said_below_them():
+    table = {"recipe": "cifar100", "rows": [row("imp_single", **OURS)]}
+    assert comparison(table) == f"{markdown(beside_published(table))}\n{REMARKS['cifar100', 'imp_single']}\n"
+    table["rows"] = [row("rtl", **OURS)]
+    assert comparison(table) == markdown(beside_published(table))
 
 
 # Several runs as one
@@ -179,12 +209,12 @@ def test_runs_that_cannot_be_one_are_refused(second, message):
 
 
 def test_both_tables_are_put_between_their_marks(tmp_path):
-    table = results(row("rtl", **OURS), recipe="cifar10")[0] | {"published": published("cifar10")}
+    table = results(row("rtl", **OURS), recipe="cifar10")[0]
     document = tmp_path / "README.md"
     marks = "<!-- table: cifar10 -->\nold\n<!-- end -->\nb\n"
     document.write_text(f"a\n{marks}<!-- published: cifar10 -->\n<!-- end -->\nc\n")
     write_into(document, table)
-    ours, paper = markdown(summary(table["rows"])), markdown(beside_published(table["rows"], table["published"]))
+    ours, paper = markdown(summary(table["rows"])), markdown(beside_published(table))
     assert "0.778" in paper
     assert document.read_text() == (
         f"a\n<!-- table: cifar10 -->\n{ours}<!-- end -->\nb\n<!-- published: cifar10 -->\n{paper}<!-- end -->\nc\n"

@@ -76,10 +76,10 @@ class RunView:
     @cached_property
     def banks(self) -> dict[float, Mapping[str, rk.MaskBank]]:
         """The masks in tickets/, by sparsity."""
-        from rtl.tickets import TicketNetwork
+        from rtl.tickets import TicketNetwork, saved_levels
 
-        files = sorted((self.folder / "tickets").glob("*/tickets.json"), key=lambda f: float(f.parent.name))
-        return {float(f.parent.name): TicketNetwork.from_pretrained(f.parent).net.banks for f in files}
+        levels = saved_levels(self.folder)
+        return {sparsity: TicketNetwork.from_pretrained(level).net.banks for sparsity, level in levels.items()}
 
 
 def write_page(folders: Sequence[Path], file: Path) -> None:

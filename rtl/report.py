@@ -252,7 +252,7 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     table.pop("published", None)  # older runs held a copy of the paper's figures
     if "curve" not in details:
-        curve = _curve_of_tickets(Path(folder) / "tickets")
+        curve = _curve_of_tickets(Path(folder))
         if curve is not None:
             details |= insights(curve)
     return table, details
@@ -339,10 +339,9 @@ def with_semantics(details: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 def _curve_of_tickets(folder: Path) -> Curve | None:
     from rtl.curve import Curve
-    from rtl.tickets import TicketNetwork
+    from rtl.tickets import TicketNetwork, saved_levels
 
-    levels = sorted((path.parent for path in folder.glob("*/tickets.json")), key=lambda path: float(path.name))
-    nets = [TicketNetwork.from_pretrained(level) for level in levels]
+    nets = [TicketNetwork.from_pretrained(level) for level in saved_levels(folder).values()]
     return Curve.of(nets[0].names, [net.net.banks for net in nets]) if nets and len(nets[0].names) > 1 else None
 
 

@@ -226,6 +226,17 @@ class TicketNetwork(nn.Module):
         return ticket
 
 
+def saved_levels(run: str | Path) -> dict[float, Path]:
+    """The folders of tickets that a run left, by sparsity, ascending: `tickets/SPARSITY`, whatever else lies there."""
+    found = {}
+    for file in Path(run).glob("tickets/*/tickets.json"):
+        try:
+            found[float(file.parent.name)] = file.parent
+        except ValueError:
+            continue  # not named by a sparsity: somebody else's
+    return dict(sorted(found.items()))
+
+
 def position(names: Sequence[str], name: str) -> int:
     """Where `name` stands. Raises InputError, naming those there are, for an unknown one."""
     if name not in names:

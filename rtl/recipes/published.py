@@ -63,11 +63,10 @@ _TABLES: dict[str, dict[str, tuple[dict[str, _Values], _Values]]] = {
 
 # What is to be known of a method's figures for a recipe, where they stand beside ours.
 REMARKS = {
-    (
-        "cifar100",
-        "imp_single",
-    ): "The paper's IMP single on CIFAR-100 cannot be read as plain accuracy under argmax: its "
-    "balanced accuracy of .722 with a recall of .420 would take a true-negative rate of 2 × .722 − .420 = 1.024.",
+    ("cifar100", "imp_single"): (
+        "The paper's IMP single on CIFAR-100 cannot be read as plain accuracy under argmax: its balanced accuracy of "
+        ".722 with a recall of .420 would take a true-negative rate of 2 × .722 − .420 = 1.024."
+    ),
 }
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rtl.report import markdown, read_results, summary
+from rtl.report import comparison, markdown, read_results, summary
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-TABLES = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+TABLES = re.findall(r"<!-- (table|published): ([\w-]+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
@@ -30,10 +30,16 @@ def test_there_is_an_example_of_each_package():
     assert "import rtl_kernels" in EXAMPLES[1]
 
 
-@pytest.mark.parametrize(("recipe", "table"), TABLES, ids=[recipe for recipe, _ in TABLES])
-def test_table_is_that_of_the_committed_results(recipe, table):
+@pytest.mark.parametrize(("kind", "recipe", "text"), TABLES, ids=[f"{kind} {recipe}" for kind, recipe, _ in TABLES])
+def test_table_is_that_of_the_committed_results(kind, recipe, text):
     results, _ = read_results(ROOT / "results" / recipe)
-    assert table == markdown(summary(results["rows"]))
+    assert results["recipe"] == recipe
+    assert text == (markdown(summary(results["rows"])) if kind == "table" else comparison(results))
+
+
+def test_every_table_of_a_recipe_is_looked_at():
+    marks = re.findall(r"<!-- (table|published): (.*) -->", README)
+    assert marks == [(kind, recipe) for kind, recipe, _ in TABLES]
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))

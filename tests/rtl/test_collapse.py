@@ -21,7 +21,7 @@ from rtl.errors import InputError
 from rtl.extract import PrunePlan, extract
 from rtl.fit import Fit
 from rtl.partition import by_label
-from rtl.tickets import TicketNetwork
+from rtl.tickets import TicketNetwork, saved_levels
 
 CURVES = Path(__file__).parent / "fixtures" / "curves"
 RESULTS = Path(__file__).parents[2] / "results"
@@ -98,13 +98,14 @@ def test_the_baselines_are_what_drawn_masks_of_the_same_sizes_have():
 
 def test_the_committed_tickets_lie_between_the_baselines():
     for recipe in ("digits", "cifar10"):
-        levels = sorted((RESULTS / recipe / "tickets").iterdir())
-        nets = [TicketNetwork.from_pretrained(level) for level in levels]
+        levels = saved_levels(RESULTS / recipe)
+        nets = [TicketNetwork.from_pretrained(level) for level in levels.values()]
         curve = Curve.of(nets[0].names, [net.net.banks for net in nets])
         details = json.loads((RESULTS / recipe / "details.json").read_text())
+        written = {float(level): values["matrix"] for level, values in details["similarity"].items()}
+        assert written.keys() == levels.keys()
         for r, level in enumerate(levels):
-            written = torch.tensor(details["similarity"][level.name]["matrix"], dtype=torch.float64)
-            assert torch.equal(curve.jaccard()[r], written)
+            assert torch.equal(curve.jaccard()[r], torch.tensor(written[level], dtype=torch.float64))
         for r in range(len(curve)):
             low, high = mean_to_others(curve.independent()[r]), mean_to_others(curve.identical()[r])
             assert (low < mean_to_others(curve.jaccard()[r])).all()

@@ -1,6 +1,7 @@
 """rtl.report: a summary over seeds, as Markdown, and results that are written whole and read back."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -251,8 +252,15 @@ def test_results_are_written_and_read_back_unchanged(tmp_path, table, details):
     assert "dög" in (tmp_path / "new" / "folder" / "details.json").read_text()
 
 
-def test_a_run_made_before_curves_were_kept_gets_that_of_its_tickets():
-    _, details = read_results(Path(__file__).parents[2] / "results" / "digits")
+def test_a_run_made_before_curves_were_kept_gets_that_of_its_tickets(tmp_path):
+    committed = Path(__file__).parents[2] / "results" / "digits"
+    shutil.copytree(committed, tmp_path / "old")
+    details = json.loads((committed / "details.json").read_text())
+    older = {key: value for key, value in details.items() if key not in ("curve", "alarms")}
+    (tmp_path / "old" / "details.json").write_text(json.dumps(older))
+    (tmp_path / "old" / "tickets" / "notes").mkdir()
+    (tmp_path / "old" / "tickets" / "notes" / "tickets.json").write_text("not ours")
+    _, details = read_results(tmp_path / "old")
     curve = Curve.from_json(details["curve"])
     for r, (level, similarity) in enumerate(details["similarity"].items()):
         assert curve.jaccard()[r].tolist() == similarity["matrix"]

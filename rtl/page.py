@@ -262,10 +262,11 @@ def _alarm_table(run: RunView) -> str:
         )
     if not run.alarms:
         return "<p>No collapse alarm: similarity neither turned upwards nor fell faster than before.</p>"
-    performance, unit, floor = _performance(run)
-    judged = bool(floor) and any(sparsity <= 0.5 for values in performance.values() for sparsity in values)
-    at = {alarm.ticket: alarm.sparsity for alarm in run.alarms}
-    found = {v.ticket: v for v in verdicts(at, performance, floor)} if judged else {}
+    performance = _performance(run)
+    found = {}
+    if performance is not None and performance.floor and min(map(min, performance.values.values())) <= 0.5:
+        at = {alarm.ticket: alarm.sparsity for alarm in run.alarms}
+        found = {v.ticket: v for v in verdicts(at, performance.values, performance.floor)}
     body = []
     for alarm in run.alarms:
         verdict = found.get(alarm.ticket)
@@ -283,50 +284,74 @@ def _alarm_table(run: RunView) -> str:
         )
     head = ["ticket", "similarity", "alarm at", "last good masks", "performance fell at", "lead, halvings of density"]
     caption = "collapse alarms of the first seed"
-    if judged:
+    if performance is not None and found:
         caption += (
-            f"; a ticket has fallen where, from there on, it has lost {LOST:.0%} of the {unit} above chance that it "
-            "has up to 50% sparsity"
+            f"; a ticket has fallen where, from there on, it has lost {LOST:.0%} of the {performance.unit} above "
+            "chance that it has up to 50% sparsity"
         )
     return table(head, body, sortable=True, caption=caption)
 
 
-def _performance(run: RunView) -> tuple[dict[str, dict[float, float]], str, dict[str, float]]:
-    """Of the first seed's tickets, by ticket, by sparsity; what it is; and what chance has, where that is known.
+@dataclass(frozen=True, eq=False)
+class _Performance:
+    """How tickets do: values by ticket, by sparsity; what they are; of which tickets; chance's, where it is known."""
 
-    Thresholded balanced accuracy of each class, or PSNR of each region of the first image.
+    values: dict[str, dict[float, float]]
+    unit: str
+    of: str
+    floor: dict[str, float]
+
+
+# Where the details say how each ticket does: list, key of its rows, and what it is.
+_PERFORMANCES = (
+    ("per_image", "psnr_by_region", "PSNR (dB)"),
+    ("per_class", _BALANCED, "balanced accuracy"),
+    ("per_class", "si_snri", "SI-SNRi (dB)"),
+)
+
+
+def _performance(run: RunView) -> _Performance | None:
+    """Of the first seed's tickets, as they were retrained first: thresholded balanced accuracy of each class, PSNR of
+    each region of the first image, or SI-SNR improvement of each scene. None if there is none.
     """
-    found: dict[str, dict[float, float]] = {}
-    pictures = [r for r in run.details.get("per_image", []) if r["method"] == "rtl"]
-    which = ("image", "seed") if pictures else ("protocol", "variant", "seed")
-    key, name = ("psnr_by_region", "PSNR (dB)") if pictures else (_BALANCED, "balanced accuracy")
-    rows = [r for r in pictures or run.details.get("per_class", []) if r["method"] == "rtl" and key in r]
     if run.curve is None:
-        return {}, "", {}
-    first = [rows[0].get(what) for what in which] if rows else []  # older runs' details have the seed alone
-    for row in rows:
-        if [row.get(what) for what in which] == first:
-            for ticket, value in zip(run.curve.names, row[key], strict=True):
-                found.setdefault(ticket, {})[row["sparsity"]] = value
-    return found, name, {} if pictures else dict.fromkeys(found, 0.5)
+        return None
+    for place, key, unit in _PERFORMANCES:
+        rows = [row for row in run.details.get(place, []) if row["method"] == "rtl" and key in row]
+        if not rows:
+            continue
+        which = ("protocol", "variant", "image", "seed")  # older runs' details have not all of them
+        own = [row for row in rows if all(row.get(what) == rows[0].get(what) for what in which)]
+        values: dict[str, dict[float, float]] = {}
+        for row in own:
+            named = row[key] if isinstance(row[key], Mapping) else zip(run.curve.names, row[key], strict=True)
+            for ticket, value in dict(named).items():
+                values.setdefault(ticket, {})[row["sparsity"]] = value
+        several = len({row.get("protocol") for row in rows}) > 1
+        said = [rows[0].get(what) for what in ("image", "variant", *(["protocol"] if several else []))]
+        of = ", ".join(["each ticket", *filter(None, said), "first seed"])
+        return _Performance(values, unit, of, dict.fromkeys(values, 0.5) if key == _BALANCED else {})
+    return None
 
 
 def _by_ticket(run: RunView) -> str:
     """Each ticket's performance, crossed where its alarm was given."""
-    performance, name, _ = _performance(run)
-    tickets = list(performance)
-    series = [Series(ticket, sorted(values.items()), k) for k, (ticket, values) in enumerate(performance.items())]
-    every = [s for values in performance.values() for s in values]
+    found = _performance(run)
+    if found is None:
+        return ""
+    tickets = list(found.values)
+    series = [Series(ticket, sorted(values.items()), k) for k, (ticket, values) in enumerate(found.values.items())]
+    every = [s for values in found.values.values() for s in values]
     marks = []
     for alarm in run.alarms:
-        values = sorted(performance.get(alarm.ticket, {}).items())
+        values = sorted(found.values.get(alarm.ticket, {}).items())
         if values and values[0][0] <= alarm.sparsity <= values[-1][0]:
             xs, ys = zip(*values, strict=True)
             at = [alarm.sparsity, *xs]
             at = [-math.log2(1 - s) for s in at] if every and halves(every) else at  # on the line that is drawn
             y = float(np.interp(at[0], at[1:], ys))
             marks.append(Mark(alarm.sparsity, y, str(alarm), tickets.index(alarm.ticket)))
-    return line_chart(f"{name} of each ticket, first seed", series, "sparsity", marks)
+    return line_chart(f"{found.unit} of {found.of}", series, "sparsity", marks)
 
 
 # Similarity
@@ -510,17 +535,16 @@ def _routing(run: RunView) -> str:
 
 
 def _classes(run: RunView) -> str:
-    performance, name, _ = _performance(run)
-    if not performance:
+    found = _performance(run)
+    if found is None:
         return ""
-    levels = sorted(next(iter(performance.values())))
+    levels = sorted(next(iter(found.values.values())))
     body = [
         [ticket, *((f"{values[s]:.3f}", values[s]) if s in values else ("–", None) for s in levels)]
-        for ticket, values in performance.items()
+        for ticket, values in found.values.items()
     ]
-    if name == "balanced accuracy":
-        name += ", score ≥ ½"
-    caption = f"{name} of each ticket, first seed, by sparsity"
+    rule = ", score ≥ ½," if found.unit == "balanced accuracy" else ""
+    caption = f"{found.unit}{rule} of {found.of}, by sparsity"
     return table(["ticket", *map(percent, levels)], body, sortable=True, caption=caption)
 
 

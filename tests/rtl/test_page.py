@@ -200,6 +200,44 @@ def test_too_few_rounds_are_not_called_quiet(folder):
     assert "No collapse alarm" in page([silent])
 
 
+def each_ticket(view, **details):
+    """The section on each ticket of a run with other details."""
+    html = page([RunView(view.name, view.folder, view.table, {**view.details, **details})])
+    return "".join(Outline(html[html.index('<section id="classes"') : html.index('<section id="examples"')]).text)
+
+
+def test_a_regions_figures_are_of_one_image_and_schedule_which_are_named(folder):
+    view = RunView.read(folder)
+    common = {"method": "rtl", "sparsity": 0.5, "seed": 0}
+    per_image = [
+        common | {"image": image, "variant": variant, "psnr_by_region": [psnr] * 10}
+        for image, variant, psnr in (
+            ("first", "schedule=pooled", 31.111),
+            ("second", "schedule=pooled", 22.222),
+            ("first", "schedule=mixed", 13.333),
+        )
+    ]
+    text = each_ticket(view, per_image=per_image)
+    assert "PSNR (dB) of each ticket, first, schedule=pooled, first seed, by sparsity" in text
+    assert text.count("31.111") == 10
+    assert "22.222" not in text
+    assert "13.333" not in text
+    merged = [one | {"protocol": "reduced"} for one in per_image] + [per_image[0] | {"protocol": "paper"}]
+    assert "first, schedule=pooled, reduced, first seed" in each_ticket(view, per_image=merged)
+
+
+def test_every_scenes_ticket_is_shown(folder):
+    view = RunView.read(folder)
+    per_class = [
+        {"method": method, "sparsity": s, "seed": 0, "si_snri": {"indoor": 5 + s, "outdoor": 7.5}}
+        for method in ("imp_single", "rtl")
+        for s in (0.25, 0.5)
+    ]
+    text = each_ticket(view, per_class=per_class, alarms=[])
+    assert "SI-SNRi (dB) of each ticket, first seed, by sparsity" in text
+    assert all(value in text for value in ("indoor", "5.250", "5.500", "outdoor", "7.500"))
+
+
 def test_routers_of_several_protocols_are_not_averaged(folder):
     view = RunView.read(folder)
     old = [{key: value for key, value in one.items() if key != "protocol"} for one in view.details["routing"]]

@@ -13,6 +13,7 @@ import torch
 from rtl.data.speech import PEAK, RATE, check_samples, resample, soundfile_module
 from rtl.errors import InputError
 from rtl.models import SpeechUNet
+from rtl.predict import open_run
 from rtl.progress import Progress
 from rtl.run import replacing
 from rtl.tickets import TicketNetwork, position
@@ -26,20 +27,7 @@ def load_network(run: str | os.PathLike[str], sparsity: float | None = None) -> 
 
     Raises InputError if there are none, or not of this recipe or sparsity.
     """
-    folder = Path(run) / "tickets"
-    levels = {}
-    for path in folder.glob("*/tickets.json"):
-        try:
-            levels[float(path.parent.name)] = path.parent
-        except ValueError:
-            continue  # a folder of another kind
-    if not levels:
-        raise InputError(f"run is {str(run)!r}, which holds no tickets: finish `rtl run speech`")
-    if sparsity is not None and sparsity not in levels:
-        raise InputError(
-            f"sparsity is {sparsity}, but {str(folder)!r} has {', '.join(f'{s:g}' for s in sorted(levels))}"
-        )
-    net = TicketNetwork.from_pretrained(levels[min(levels) if sparsity is None else sparsity])
+    net, _ = open_run(Path(run), sparsity)
     if not isinstance(net.net.model, SpeechUNet):
         raise InputError(f"run is {str(run)!r}, whose tickets are not for speech: give a run of `rtl run speech`")
     return net

@@ -264,7 +264,7 @@ def _alarm_table(run: RunView) -> str:
         return "<p>No collapse alarm: similarity neither turned upwards nor fell faster than before.</p>"
     performance = _performance(run)
     found = {}
-    if performance is not None and performance.floor and min(map(min, performance.values.values())) <= 0.5:
+    if performance is not None and performance.floor and any(min(v) <= 0.5 for v in performance.values.values()):
         at = {alarm.ticket: alarm.sparsity for alarm in run.alarms}
         found = {v.ticket: v for v in verdicts(at, performance.values, performance.floor)}
     body = []

@@ -17,7 +17,7 @@ from rtl import route
 from rtl.data import Data
 from rtl.errors import InputError
 from rtl.run import write_atomically
-from rtl.tickets import TicketNetwork
+from rtl.tickets import TicketNetwork, saved_levels
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,21 @@ class Inputs:
             raise InputError(f"file is {str(file)!r}, which cannot be read as an array ({error})") from error
         if array.shape == self.shape:
             array = array[None]
-        if array.shape[1:] != self.shape or len(array) == 0 or array.dtype.kind not in "fu":
+        pixels = array.dtype == np.uint8  # which scale other whole numbers have is not known
+        if array.shape[1:] != self.shape or len(array) == 0 or not (array.dtype.kind == "f" or pixels):
             raise InputError(
                 f"file is {str(file)!r}, {array.dtype} of shape {array.shape}, but samples are floats (or uint8 "
                 f"pixels) of shape {self.shape}, one or several"
             )
         values = torch.from_numpy(array.astype(np.float32))
-        return values / 255 if array.dtype == np.uint8 else values
+        return values / 255 if pixels else values
+
+
+# What to do with tickets that name no class.
+_INSTEAD = {
+    "enhancement": "give `rtl enhance` the recording and its scene",
+    "pixels": "its pictures are in the run's media and report.html",
+}
 
 
 def open_run(folder: Path, sparsity: float | None = None) -> tuple[TicketNetwork, Path]:
@@ -115,14 +123,12 @@ def open_run(folder: Path, sparsity: float | None = None) -> tuple[TicketNetwork
 
     Raises InputError if the run has none, or not at this sparsity.
     """
-    levels = {float(f.parent.name): f.parent for f in (folder / "tickets").glob("*/tickets.json")}
+    levels = saved_levels(folder)
     if not levels:
         raise InputError(f"run is {str(folder)!r}, which holds no tickets: finish its `rtl run`")
     chosen = min(levels) if sparsity is None else sparsity
     if chosen not in levels:
-        raise InputError(
-            f"sparsity is {chosen}, but the run has tickets at {', '.join(f'{s:g}' for s in sorted(levels))}"
-        )
+        raise InputError(f"sparsity is {chosen}, but the run has tickets at {', '.join(f'{s:g}' for s in levels)}")
     return TicketNetwork.from_pretrained(levels[chosen]), levels[chosen]
 
 
@@ -147,9 +153,10 @@ def predict(
         InputError: no such run, router or ticket, or a file that does not fit.
     """
     net, place = open_run(folder, sparsity)
-    inputs = Inputs.load(place)
     if net.task not in ("one_vs_rest", "multi_class"):
-        raise InputError(f"run's task is {net.task!r}, whose tickets name no class")
+        instead = _INSTEAD.get(net.task, "call the network itself (rtl.TicketNetwork.from_pretrained)")
+        raise InputError(f"run's task is {net.task!r}, whose tickets name no class: {instead}")
+    inputs = Inputs.load(place)
     if by in route.METHODS:
         router = route.Router.load(place, by)
         data, names = inputs.read(files, resize)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from rtl.data import Data
 from rtl.errors import InputError
 from rtl.evaluate import ticket_scores
 from rtl.extract import PrunePlan, extract
-from rtl.fit import Fit
+from rtl.fit import Fit, masked_copy
 from rtl.partition import by_cluster, by_label, by_metadata
 from rtl.predict import Inputs, predict
 from rtl.retrain import retrain
@@ -281,6 +282,7 @@ def test_a_context_is_named_and_the_table_is_printed(digits_run, tmp_path, capsy
         (["absent.png"], "cannot be read as a picture"),
         (["bad.npy"], "int64 of shape (8, 8), but samples are floats (or uint8 pixels) of shape (1, 8, 8)"),
         (["text.npy"], "cannot be read as an array"),
+        (["deep.npy"], "uint16 of shape (1, 1, 8, 8), but samples are floats (or uint8 pixels)"),
         (["big.png", "--resize", "--by", "dog"], "ticket is 'dog', expected one of 0, 1"),
         (["big.png", "--sparsity", "0.9"], "sparsity is 0.9, but the run has tickets at 0.5"),
     ],
@@ -289,6 +291,7 @@ def test_what_cannot_be_predicted_is_said_in_one_line(digits_run, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (9, 8)).save("big.png")
     np.save("bad.npy", np.zeros((8, 8), dtype=np.int64))
+    np.save("deep.npy", np.zeros((1, 8, 8), dtype=np.uint16))
     for name in ("text.png", "text.npy"):
         Path(name).write_text("no sample")
     assert main(["predict", str(digits_run), *arguments]) == 2
@@ -300,6 +303,36 @@ def test_what_cannot_be_predicted_is_said_in_one_line(digits_run, tmp_path, caps
 def test_a_resized_picture_is_read(digits_run, tmp_path):
     Image.new("RGB", (30, 20), "white").save(tmp_path / "x.png")
     assert len(predict(digits_run, [tmp_path / "x.png"], resize=True)) == 1
+
+
+def test_bytes_are_pixels_and_floats_are_values(tmp_path):
+    inputs = Inputs((1, 8, 8), (), (), ("a",))
+    np.save(tmp_path / "bytes.npy", np.full((1, 8, 8), 51, dtype=np.uint8))
+    np.save(tmp_path / "floats.npy", np.full((1, 8, 8), 51, dtype=np.float64))
+    data, _ = inputs.read([tmp_path / "bytes.npy", tmp_path / "floats.npy"])
+    assert data.inputs.flatten(1).unique(dim=1).tolist() == [[pytest.approx(0.2)], [51]]
+
+
+@pytest.mark.parametrize(
+    ("task", "instead"),
+    [
+        ("enhancement", "give `rtl enhance` the recording and its scene"),
+        ("pixels", "its pictures are in the run's media and report.html"),
+        ("regression", "call the network itself"),
+    ],
+)
+def test_tickets_that_name_no_class_say_what_to_do_instead(capsys, tmp_path, task, instead):
+    small = masked_copy(rtl.models.mlp(2, [3], 1), 1, "shared")
+    rtl.TicketNetwork(small, ("a",), (0,), task, 0.5).save_pretrained(tmp_path / "tickets" / "0.5")
+    assert main(["predict", str(tmp_path), "x.npy"]) == 2
+    assert f"run's task is '{task}', whose tickets name no class: {instead}" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_name_beside_the_tickets_is_passed_over(digits_run, tmp_path):
+    shutil.copytree(digits_run, tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "tickets" / "0.5", tmp_path / "run" / "tickets" / "mine")
+    np.save(tmp_path / "x.npy", np.zeros((1, 8, 8), dtype=np.float32))
+    assert len(predict(tmp_path / "run", [tmp_path / "x.npy"])) == 1
 
 
 def test_tickets_of_an_older_run_say_what_they_lack(capsys, tmp_path):

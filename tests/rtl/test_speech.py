@@ -517,7 +517,7 @@ def test_the_command_runs_reports_and_enhances(tmp_path, monkeypatch, capsys):
         ("enhance run in.wav --scene moon -o o.wav", "ticket is 'moon', expected one of indoor, outdoor"),
         ("enhance run in.wav --scene outdoor -o o.wav --sparsity 0.9", "sparsity is 0.9, but"),
         ("enhance run none.wav --scene outdoor -o o.wav", "which cannot be read as audio"),
-        ("enhance clean in.wav --scene outdoor -o o.wav", "which holds no tickets: finish `rtl run speech`"),
+        ("enhance clean in.wav --scene outdoor -o o.wav", "which holds no tickets: finish its `rtl run`"),
         ("enhance run in.wav --scene outdoor -o o.xyz", "whose ending names no audio format"),
         ("enhance run in.wav --scene outdoor -o no/o.wav", "there is no folder 'no'"),
         ("enhance run in.wav -o o.wav", "required: --scene"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from rtl.errors import InputError
 from rtl.models import SpeechUNet
 from rtl.predict import open_run
 from rtl.progress import Progress
-from rtl.run import replacing
+from rtl.run import TEMPORARY, replacing
 from rtl.tickets import TicketNetwork, position
 
 WINDOW_SECONDS = 10.0  # what the network hears at once
@@ -73,6 +74,7 @@ def enhance(
         opened = soundfile.SoundFile(str(source))
     except (RuntimeError, OSError) as error:
         raise InputError(f"file is {str(source)!r}, which cannot be read as audio: {error}") from error
+    _sweep(target)
     with opened as audio, tempfile.TemporaryFile(dir=target.parent) as samples:
         if audio.frames == 0:
             raise InputError(f"file is {str(source)!r}, which holds no samples: there is nothing to enhance")
@@ -89,6 +91,12 @@ def enhance(
             while data := samples.read(audio.channels * 4 * RATE):
                 written.write(np.frombuffer(data, np.float32).reshape(-1, audio.channels) * np.float32(gain))
     return gain
+
+
+def _sweep(target: Path) -> None:
+    """Delete what killed calls left half written beside the target (`rtl.run.replacing`)."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.[0-9]*-*{TEMPORARY}"):
+        leftover.unlink(missing_ok=True)
 
 
 def _stream(net: TicketNetwork, scene: str, audio: Any, out: IO[bytes], name: str, progress: Progress) -> float:

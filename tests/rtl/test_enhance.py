@@ -17,6 +17,7 @@ from rtl.data.speech import RATE
 from rtl.errors import InputError
 from rtl.fit import masked_copy
 from rtl.models import speech_unet
+from rtl.run import replacing
 from rtl.tickets import TicketNetwork
 
 
@@ -137,6 +138,17 @@ def test_what_cannot_be_enhanced_leaves_no_file(tmp_path, net, short_windows, sa
     with pytest.raises(InputError, match=message):
         through(net, source)
     assert [f.name for f in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_what_a_killed_call_left_beside_the_target_goes_with_the_next(tmp_path, net):
+    source = write(tmp_path / "a.wav", noise(0.2))
+    with replacing(tmp_path / "out[1].wav") as temporary:
+        temporary.write_bytes(b"half")
+    temporary.write_bytes(b"half")  # as a kill leaves it
+    other = tmp_path / temporary.name.replace("out[1].wav", "other.wav")
+    other.write_bytes(b"of another target")
+    through(net, source, out="out[1].wav")
+    assert {f.name for f in tmp_path.iterdir()} == {"a.wav", "out[1].wav", other.name}
 
 
 def test_a_file_that_ends_before_its_header_says_gives_what_there_is(tmp_path, net, short_windows):

@@ -308,7 +308,7 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | None, semantics: Path | None) -> int:
-    from rtl.keep import check_target, keep
+    from rtl.keep import check_target, keep, locked
     from rtl.page import write_page
     from rtl.report import (
         check_document,
@@ -320,32 +320,33 @@ def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | 
         write_results,
     )
 
-    found = [read_results(folder) for folder in folders]
-    main = folders[main_run(found)]
-    if merge:
-        if to is None:
-            raise InputError(f"merge makes one run of {len(folders)}, which needs a folder: give --to DIR")
-        found = [merged(found)]
-    if semantics is not None:
-        found = [(table, with_semantics(details, semantics)) for table, details in found]
+    if merge and to is None:
+        raise InputError(f"merge makes one run of {len(folders)}, which needs a folder: give --to DIR")
     whole = to if merge or len(folders) == 1 else None
     if whole is not None:
         check_target(folders, whole)
-    if into is not None:
-        for mark in check_document(into, [table for table, _ in found]):
-            said = f"{into} has no line {mark!r}, with '<!-- end -->' below it, for the comparison with the paper"
-            print(f"rtl: {said}", file=sys.stderr)
-    if whole is not None:
-        keep(folders, main, whole)
-    for folder, (table, details) in zip(folders, found, strict=False):  # merged, there is one
-        write_results(whole or folder, table, details)
+    with locked(folders if whole is None else [whole]):
+        found = [read_results(folder) for folder in folders]
+        main = folders[main_run(found)]
+        if merge:
+            found = [merged(found)]
+        if semantics is not None:
+            found = [(table, with_semantics(details, semantics)) for table, details in found]
         if into is not None:
-            write_into(into, table)
-        print(table["command"])
-        print(json.dumps(table["environment"]))
-        _print_table(table)
-    page = (to or folders[0]) / "report.html"
-    write_page([whole] if whole is not None else folders, page)
+            for mark in check_document(into, [table for table, _ in found]):
+                said = f"{into} has no line {mark!r}, with '<!-- end -->' below it, for the comparison with the paper"
+                print(f"rtl: {said}", file=sys.stderr)
+        if whole is not None:
+            keep(folders, main, whole)
+        for folder, (table, details) in zip(folders, found, strict=False):  # merged, there is one
+            write_results(whole or folder, table, details)
+            if into is not None:
+                write_into(into, table)
+            print(table["command"])
+            print(json.dumps(table["environment"]))
+            _print_table(table)
+        page = (to or folders[0]) / "report.html"
+        write_page([whole] if whole is not None else folders, page)
     print(f"written: {page}{', with table and figures beside it' if len(found) == 1 else ''}")
     return 0
 

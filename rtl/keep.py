@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rtl.errors import InputError
-from rtl.run import write_atomically
+from rtl.run import Run, write_atomically
 
 
 def check_target(folders: Sequence[Path], to: Path) -> None:
@@ -16,6 +17,19 @@ def check_target(folders: Sequence[Path], to: Path) -> None:
     """
     if (to / ".lock").exists() and [folder.resolve() for folder in folders] != [to.resolve()]:
         raise InputError(f"to is {str(to)!r}, a run's own folder, whose results would be replaced: give another folder")
+
+
+@contextmanager
+def locked(folders: Sequence[Path]) -> Iterator[None]:
+    """Keep `rtl run` off those of the folders that are runs' own; kept results have no lock.
+
+    Raises InputError if one is in use.
+    """
+    with ExitStack() as held:
+        for folder in {folder.resolve(): folder for folder in folders}.values():
+            if (folder / ".lock").exists():
+                held.enter_context(Run(folder).lock())
+        yield
 
 
 def settings(folder: Path) -> list[Path]:

@@ -218,7 +218,10 @@ def test_a_changed_recipe_in_an_existing_run_is_refused_and_the_run_unharmed(cap
     assert {name: data for name, data in tree(folder).items() if not name.endswith(".lock")} == before
 
 
-def test_a_run_that_another_process_holds_is_refused(capsys, folder):
+@pytest.mark.parametrize("command", ["run digits --out held", "report held", "report held free --to page"])
+def test_a_run_that_another_process_holds_is_refused(capsys, folder, command):
+    for name in ("held", "free"):
+        finished(folder / name)
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
@@ -227,12 +230,22 @@ def test_a_run_that_another_process_holds_is_refused(capsys, folder):
             signal.pause()
     try:
         os.read(ours, 1)
-        code, _, err = call(capsys, "run", "digits", "--out", "held")
+        before = tree(folder)
+        code, _, err = call(capsys, *command.split())
+        assert tree(folder) == before
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert code == 2
     assert f"which process {child} is using: wait for it or use another --out" in err
+
+
+def test_a_run_is_kept_elsewhere_while_it_is_held_and_may_be_named_twice(capsys, folder):
+    finished(folder / "done")
+    with Run(folder / "done").lock():
+        assert call(capsys, "report", "done", "--to", "kept")[0] == 0  # it is only read
+    assert not (folder / "kept/.lock").exists()
+    assert call(capsys, "report", "done", "./done")[0] == 0
 
 
 # Report

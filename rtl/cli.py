@@ -95,15 +95,15 @@ def _dispatch(arguments: list[str]) -> int:
     report.add_argument(
         "--merge",
         action="store_true",
-        help="make one run's results of several runs of a recipe, in --to: rtl report runs/quick runs/paper --merge "
-        "--to results/cifar10",
+        help="make one run's results of several runs of a recipe, in --to, with the tickets of the first that has any: "
+        "rtl report runs/quick runs/paper --merge --to results/cifar10",
     )
     report.add_argument(
         "--to",
         type=Path,
         metavar="DIR",
-        help="write there: of one run, or merged, everything to keep (table, figures, page, tickets); of several the "
-        "page (default: the first RUN)",
+        help="write there: of one run, or merged, everything to keep (table, figures, page, tickets), in place of what "
+        "was kept there before; of several the page (default: the first RUN)",
     )
     report.add_argument(
         "--into",
@@ -214,6 +214,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
     from rtl.page import write_page
     from rtl.report import environment, read_results, write_results
     from rtl.run import Run
+    from rtl.wall import Wall
 
     # The protocol chooses the settings that the other options then change.
     base = recipe(name, _value_of("--protocol", arguments))
@@ -254,15 +255,19 @@ def _run(name: str | None, arguments: list[str]) -> int:
     run = Run(out, workers=options.workers)
     data = load_data(config, options.data)
     with run.lock(), _board(out / "tensorboard" if options.tensorboard else None) as board:
-        rows, details = run_recipe(config, run, data, board)
+        with Wall(out) as wall:
+            run.progress.listen(wall.event)
+            rows, details = run_recipe(config, run, data, board)
         table: dict[str, Any] = {
             "recipe": name,
             "command": shlex.join(["rtl", "run", name, *_what(arguments)]),
             "environment": environment(),
+            **wall.figures(run.workers),
             "rows": rows,
         }
         if (out / "table.json").exists() and (before := read_results(out)[0])["rows"] == rows:
-            table["environment"] = before["environment"]  # nothing was computed now
+            wall.forget()  # nothing was computed now
+            table |= {key: before[key] for key in ("environment", "wall", "resumed", "workers") if key in before}
         write_results(out, table, details)
         write_page([out], out / "report.html")
     _print_table(table)
@@ -327,7 +332,7 @@ def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | 
         check_target(folders, whole)
     with locked(folders if whole is None else [whole]):
         found = [read_results(folder) for folder in folders]
-        main = folders[main_run(found)]
+        shown = folders[main_run(found)]
         if merge:
             found = [merged(found)]
         if semantics is not None:
@@ -337,7 +342,7 @@ def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | 
                 said = f"{into} has no line {mark!r}, with '<!-- end -->' below it, for the comparison with the paper"
                 print(f"rtl: {said}", file=sys.stderr)
         if whole is not None:
-            keep(folders, main, whole)
+            keep(folders, shown, whole)
         for folder, (table, details) in zip(folders, found, strict=False):  # merged, there is one
             write_results(whole or folder, table, details)
             if into is not None:
@@ -382,9 +387,11 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _print_table(results: dict[str, Any]) -> None:
-    from rtl.report import beside_published, remarks, summary
+    from rtl.report import beside_published, remarks, summary, took
 
     _print_lines("mean ± standard deviation over seeds", summary(results["rows"]))
+    if took(results):
+        print(took(results))
     compared = beside_published(results)
     if compared:
         _print_lines("beside the paper" + (", under its decision rule" if "rule" in compared[0] else ""), compared)

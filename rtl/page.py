@@ -24,10 +24,10 @@ import torch
 
 import rtl_kernels as rk
 from rtl.alignment import Alignment
-from rtl.collapse import LOST, WARM_UP, Alarm, verdicts
+from rtl.collapse import LOST, WARM_UP, Alarm, Verdict, verdicts
 from rtl.curve import Curve, mean_to_others
 from rtl.keep import settings
-from rtl.report import NAMES, columns, group_rows, read_results, remarks, row_name
+from rtl.report import NAMES, columns, group_rows, read_results, remarks, row_name, took
 from rtl.run import write_atomically
 from rtl.svg import Mark, Series, figure, halves, line_chart, percent, stacked, table, tree
 
@@ -263,7 +263,7 @@ def _alarm_table(run: RunView) -> str:
     if not run.alarms:
         return "<p>No collapse alarm: similarity neither turned upwards nor fell faster than before.</p>"
     performance = _performance(run)
-    found = {}
+    found: dict[str, Verdict] = {}
     if performance is not None and performance.floor and any(min(v) <= 0.5 for v in performance.values.values()):
         at = {alarm.ticket: alarm.sparsity for alarm in run.alarms}
         found = {v.ticket: v for v in verdicts(at, performance.values, performance.floor)}
@@ -626,9 +626,11 @@ def _cost(run: RunView) -> str:
         )
     head = ["method", "protocol", "sparsity", "seconds of training", "samples presented", "bytes of weights and masks"]
     caption = (
-        "means over seeds; float32 for each stored weight, one bit for each prunable weight and mask; batch norm apart"
+        "means over seeds; seconds of all worker processes; float32 for each stored weight, one bit for each prunable "
+        "weight and mask; batch norm apart"
     )
-    return table(head, body, sortable=True, caption=caption)
+    time = f"<p>{escape(took(run.table))}</p>" if took(run.table) else ""
+    return time + table(head, body, sortable=True, caption=caption)
 
 
 def _what(run: RunView) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtl.errors import InputError
+from rtl.progress import duration
 from rtl.run import write_atomically
 
 if TYPE_CHECKING:
@@ -159,6 +160,18 @@ def beside_published(table: Mapping[str, Any]) -> list[list[str]]:
     return [["method", "protocol", "sparsity", *(["rule"] if ruled else []), *head], *lines] if lines else []
 
 
+def took(table: Mapping[str, Any]) -> str:
+    """How long a run took by the clock on the wall, in words; "" where that is not known."""
+    if "wall" not in table:
+        return ""
+    said, workers, resumed = f"In {duration(table['wall'])}", table.get("workers", 0), table.get("resumed", 0)
+    if workers:
+        said += f" with {workers} worker{'s' * (workers != 1)}"
+    if resumed:
+        said += f", resumed {resumed} time{'s' * (resumed != 1)}"
+    return f"{said}."
+
+
 def remarks(table: Mapping[str, Any]) -> list[str]:
     """What is to be known of the paper's figures for this run's methods."""
     from rtl.recipes.published import REMARKS
@@ -208,7 +221,7 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
     from rtl.diagnose import Similarity
 
     folder = Path(folder)
-    drawn = set()
+    drawn: set[str] = set()
 
     def draw(name: str, figure: Figure) -> None:
         plots.save(figure, folder / "figures" / f"{name}.png")
@@ -230,7 +243,8 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
         draw("psnr-against-similarity", plots.psnr_against_similarity(details["per_image"]))
     for group in sorted({file.parent for name in plots.GIVEN for file in (folder / "media").glob(f"*/{name}.*")}):
         draw(f"example-{group.name}", plots.example(group))
-    tables = (markdown(summary(table["rows"])), comparison(table))
+    time = f"{took(table)}\n" if took(table) else ""
+    tables = (markdown(summary(table["rows"])), time, comparison(table))
     write_atomically(folder / "table.md", "\n".join(filter(None, tables)).encode())
     for name, content in (("details.json", details), ("table.json", table)):
         write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
@@ -266,8 +280,9 @@ def main_run(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> int:
 def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tables and details of several runs of one recipe as those of one, in that order.
 
-    Commands are joined by " && "; of an environment that differs, all values are kept; what the details say of tickets
-    (their similarity, examples) is of the `main_run`. Raises InputError for other recipes, or a row that two runs have.
+    Commands are joined by " && "; of an environment that differs, all values are kept; times by the clock on the wall
+    are added up, if all are known; what the details say of tickets (their similarity, examples) is of the `main_run`.
+    Raises InputError for other recipes, or a row that two runs have.
     """
     (table, _), *others = results
     table = dict(table)
@@ -283,6 +298,11 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
             for key, value in other["environment"].items()
             if str(value) not in str(table["environment"].get(key, "?")).split(" / ")
         }
+    for key in ("wall", "resumed", "workers"):
+        values = [one.get(key) for one, _ in results]
+        table.pop(key, None)
+        if None not in values and (key != "workers" or len(set(values)) == 1):
+            table[key] = values[0] if key == "workers" else sum(values)
     details = dict(results[main_run(results)][1])
     for key in ("per_class", "per_image", "routing"):
         if any(key in one for _, one in results):

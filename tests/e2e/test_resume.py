@@ -102,16 +102,17 @@ def uninterrupted(tmp_path_factory):
 
 def without_seconds(value):
     if isinstance(value, dict):
-        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
+        timed = ("seconds", "wall", "resumed")
+        return {key: without_seconds(item) for key, item in value.items() if key not in timed}
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
 def contents(run):
-    """Every file of a run but its lock: bytes, without what tells seconds: fields, columns, a section of the page."""
+    """Every file of a run but its lock and clock: bytes, without what tells time: fields, columns, part of the page."""
     found = {}
     for file in sorted(run.rglob("*")):
         name = str(file.relative_to(run))
-        if file.is_dir() or name == ".lock":
+        if file.is_dir() or name in (".lock", "wall.json"):
             continue
         found[name] = file.read_bytes()
         if file.suffix == ".json":
@@ -181,6 +182,14 @@ def test_killed_again_and_again_it_ends_with_the_bytes_of_an_uninterrupted_run(i
         "seed-N/imp_multiple/N/retrain/N.N/network.safetensors",
         "seed-N/dense/retrain/N/network.safetensors",
     } <= kinds(found)
+
+
+@pytest.mark.slow
+def test_the_clock_on_the_wall_goes_on_where_the_run_does(interrupted, uninterrupted):
+    whole, resumed = (json.loads((run / "table.json").read_text()) for run in (uninterrupted[0], interrupted[0]))
+    assert (whole["resumed"], whole["workers"]) == (0, 2)
+    assert 1 <= resumed["resumed"] <= len(STOPS)  # a command that is stopped before it works is none
+    assert min(whole["wall"], resumed["wall"]) > 0
 
 
 @pytest.mark.slow

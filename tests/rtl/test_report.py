@@ -21,6 +21,7 @@ from rtl.report import (
     merged,
     read_results,
     summary,
+    took,
     write_into,
     write_results,
 )
@@ -189,7 +190,22 @@ def test_merged_runs_keep_every_images_figures():
 
 
 def test_one_run_merged_is_itself(table, details):
+    table |= {"wall": 60.0, "resumed": 1, "workers": 2}
     assert merged([(table, details)]) == (table, details)
+
+
+def test_the_time_a_run_took_is_said_below_its_table_and_added_up_of_several(tmp_path, table, details):
+    assert took(table) == ""  # of an older run
+    table |= {"wall": 6180.0, "resumed": 0, "workers": 2}
+    assert took(table) == "In 1 h 43 min with 2 workers."
+    write_results(tmp_path, table, details)
+    assert (tmp_path / "table.md").read_text() == f"{markdown(summary(table['rows']))}\nIn 1 h 43 min with 2 workers.\n"
+    first, second = results(row()), results(row(seed=1))
+    first[0].update(wall=60.0, resumed=1, workers=2)
+    second[0].update(wall=30.5, resumed=0, workers=1)
+    assert took(merged([first, second])[0]) == "In 1 min 30 s, resumed 1 time."
+    del second[0]["wall"]
+    assert took(merged([first, second])[0]) == ""
 
 
 def test_an_environment_value_two_of_three_runs_share_is_named_once():

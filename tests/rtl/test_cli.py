@@ -7,17 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from test_report import row
 from toys import tree
 
 import rtl.cli
-import rtl.keep
 from rtl.cli import main
-from rtl.curve import Curve
-from rtl.diagnose import Similarity
 from rtl.recipes import recipe
-from rtl.report import environment, insights, markdown, summary, write_results
+from rtl.report import environment, markdown, summary, write_results
 from rtl.run import Run
 
 ROOT = os.environ.get("RTL_DATA")

@@ -8,6 +8,7 @@ for images and speech leave there.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import mimetypes
@@ -208,13 +209,16 @@ def _curves(run: RunView) -> str:
         if key == "similarity":
             continue
         series = []
+        first = dict(_LIKE)
+        further = itertools.cycle(range(3, 9))  # colours of a method's variants and protocols after its first
         for (method, name), points in _by_method(rows, key).items():
             if method == "dense":
                 level = points[0][1]
                 ends = [min(r["sparsity"] for r in rows if r["method"] != "dense"), max(r["sparsity"] for r in rows)]
-                series.append(Series(name, [(s, level) for s in ends], 9, "dashed"))
+                series.append(Series(name, [(s, level) for s in ends], 9, "dashed" if method in first else "dotted"))
             else:
-                series.append(Series(name, points, _LIKE[method]))
+                series.append(Series(name, points, first[method] if method in first else next(further)))
+            first.pop(method, None)
         charts.append(line_chart(heading, series, "sparsity"))
     curve = run.curve
     if curve is not None and len(curve.names) > 1:

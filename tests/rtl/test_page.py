@@ -200,6 +200,17 @@ def test_too_few_rounds_are_not_called_quiet(folder):
     assert "No collapse alarm" in page([silent])
 
 
+def test_lines_of_several_protocols_are_told_apart(folder):
+    view = RunView.read(folder)
+    rows = [*view.table["rows"], *(one | {"protocol": "paper"} for one in view.table["rows"])]
+    html = page([RunView(view.name, folder, {**view.table, "rows": rows}, view.details)])
+    chart = html[html.index('<section id="curves"') :]
+    chart = chart[: chart.index("</figure>")]
+    assert all(name in chart for name in ("RTL, quick", "RTL, paper", "dense, quick", "dense, paper"))
+    drawn = re.findall(r'<polyline class="(\w+ c\d)"', chart)
+    assert {"line c0", "line c1", "line c3", "line c4"} <= set(drawn)
+
+
 def each_ticket(view, **details):
     """The section on each ticket of a run with other details."""
     html = page([RunView(view.name, view.folder, view.table, {**view.details, **details})])

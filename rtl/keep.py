@@ -47,19 +47,19 @@ def keep(folders: Sequence[Path], main: Path, to: Path) -> None:
         main: the one of them whose tickets and media are copied.
         to: the folder.
     """
-    new = {to / f"{name}.json": file for name, file in _named_settings(folders).items()}
-    for target, file in new.items():
-        _copy(file, target)
-    for level in _folders(main / "tickets"):
-        new |= _copy_tickets(level, to / level.relative_to(main))
-    for file in _files(main / "media"):
-        new[to / file.relative_to(main)] = file
-        _copy(file, to / file.relative_to(main))
+    named = _named_settings(folders)
+    for name, file in named.items():
+        _copy(file, to / f"{name}.json")
+    new = {to / f"{name}.json" for name in named}
+    places = [] if main.resolve() == to.resolve() else ["tickets", "media"]
+    for place in places:
+        for folder in (main / place, *_folders(main / place)):
+            new |= _copy_folder(folder, to / folder.relative_to(main))
     if (to / "table.json").is_file():  # the folder is ours, and not one with tickets or media of somebody else's
-        old = [*settings(to), *_files(to / "tickets"), *_files(to / "media")]
-        for file in sorted(set(old) - new.keys(), key=lambda file: file.name != "tickets.json"):
+        old = {*settings(to), *(file for place in places for file in (to / place).rglob("*") if file.is_file())}
+        for file in sorted(old - new, key=lambda file: file.name != "tickets.json"):
             file.unlink()
-        for folder in sorted([*_folders(to / "tickets"), *_folders(to / "media")], reverse=True):
+        for folder in sorted((folder for place in places for folder in _folders(to / place)), reverse=True):
             if not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -75,27 +75,22 @@ def _named_settings(folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _copy_tickets(level: Path, to: Path) -> dict[Path, Path]:
-    """Copy what `TicketNetwork.save_pretrained` and the routers left, in an order that they share.
+def _copy_folder(folder: Path, to: Path) -> set[Path]:
+    """Copy the files in it, but what a killed process left half written, and return the copies.
 
-    A description never stands beside the tensors of another: tickets.json goes before anything changes and comes last.
+    A description never stands beside the tensors of another, as in `TicketNetwork.save_pretrained`: tickets.json goes
+    before anything changes, and comes last.
     """
-    files = {to / file.name: file for file in _files(level) if file.parent == level}
-    if level.resolve() != to.resolve():
-        (to / "tickets.json").unlink(missing_ok=True)
-        for target in sorted(files, key=lambda file: (file.name == "tickets.json", file.suffix == ".json", file.name)):
-            _copy(files[target], target)
-    return files
+    files = [file for file in folder.glob("*") if file.is_file() and not file.name.startswith(".")]
+    (to / "tickets.json").unlink(missing_ok=True)
+    for file in sorted(files, key=lambda file: (file.name == "tickets.json", file.suffix == ".json", file.name)):
+        _copy(file, to / file.name)
+    return {to / file.name for file in files}
 
 
 def _copy(file: Path, to: Path) -> None:
     if file.resolve() != to.resolve():
         write_atomically(to, file.read_bytes())
-
-
-def _files(folder: Path) -> list[Path]:
-    """All below it, but what a killed process left half written."""
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
 
 
 def _folders(folder: Path) -> list[Path]:

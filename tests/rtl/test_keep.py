@@ -135,6 +135,8 @@ def test_a_copy_that_is_stopped_leaves_no_names_beside_other_weights(folder, mon
 
 def test_a_run_reported_where_it_is_keeps_its_tickets(folder):
     ticket_files(folder / "run", "0.5", "own")
+    (folder / "run/table.json").write_text("{}")
+    (folder / "run/tickets/notes.txt").write_text("mine")
     before = tree(folder)
     rtl.keep.keep([folder / "run"], folder / "run", folder / "run")
     assert tree(folder) == before

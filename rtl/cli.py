@@ -313,7 +313,7 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | None, semantics: Path | None) -> int:
-    from rtl.keep import check_target, keep, locked
+    from rtl.keep import check_target, keep, keep_figures, locked
     from rtl.page import write_page
     from rtl.report import (
         check_document,
@@ -344,7 +344,9 @@ def _report(folders: Sequence[Path], merge: bool, to: Path | None, into: Path | 
         if whole is not None:
             keep(folders, shown, whole)
         for folder, (table, details) in zip(folders, found, strict=False):  # merged, there is one
-            write_results(whole or folder, table, details)
+            drawn = write_results(whole or folder, table, details)
+            if whole is not None and whole.resolve() != shown.resolve():
+                keep_figures(whole, drawn)
             if into is not None:
                 write_into(into, table)
             print(table["command"])

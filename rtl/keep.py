@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rtl.errors import InputError
+from rtl.report import FIGURE
 from rtl.run import Run, write_atomically
 
 
@@ -62,6 +63,13 @@ def keep(folders: Sequence[Path], main: Path, to: Path) -> None:
         for folder in sorted((folder for place in places for folder in _folders(to / place)), reverse=True):
             if not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def keep_figures(to: Path, drawn: set[str]) -> None:
+    """Remove the figures that earlier results had, and these have not: `drawn` is what `write_results` returns."""
+    for file in (to / "figures").glob("*.png"):
+        if file.stem not in drawn and FIGURE.fullmatch(file.stem):
+            file.unlink()
 
 
 def _named_settings(folders: Sequence[Path]) -> dict[str, Path]:

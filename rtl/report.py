@@ -205,14 +205,15 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *body])
 
 
-_FIGURE = re.compile(r"metric|similarity|alignment|(similarity-by-depth|psnr|example)-.*")  # names of those below
+FIGURE = re.compile(r"metric|similarity|alignment|(similarity-by-depth|psnr|example)-.*")  # names of those below
 
 
-def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping[str, Any]) -> set[str]:
     """Write figures/*.png, table.md, details.json and, last, table.json of a run to a folder, each whole or not at all.
 
-    A folder that holds a table.json holds all of them. Examples in its `media` (`plots.example`) are drawn too. Such
-    figures of results that were there before, and these have not, are removed.
+    A folder that holds a table.json holds all of them. Examples in its `media` (`plots.example`) are drawn too.
+
+    Returns the figures' names, without their ending.
     """
     from rtl import plots
     from rtl.alignment import Alignment
@@ -248,9 +249,7 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
     write_atomically(folder / "table.md", "\n".join(filter(None, tables)).encode())
     for name, content in (("details.json", details), ("table.json", table)):
         write_atomically(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    for old in (folder / "figures").glob("*.png"):
-        if old.stem not in drawn and _FIGURE.fullmatch(old.stem):
-            old.unlink()
+    return drawn
 
 
 def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -90,6 +90,14 @@ def test_nothing_of_earlier_results_stays_beside_new_ones(capsys, folder, monkey
     assert sorted(f.name for f in (folder / "kept/tickets").iterdir()) == ["0.5"]
 
 
+def test_figures_of_examples_outlive_their_media_where_a_run_is_kept(capsys, folder):
+    finished(folder / "done")  # as results are committed, without their media
+    (folder / "done/figures/example-street.png").write_bytes(b"x")
+    for arguments in (["done"], ["done", "--to", "done"]):
+        assert call(capsys, "report", *arguments)[0] == 0
+        assert (folder / "done/figures/example-street.png").read_bytes() == b"x"
+
+
 def test_a_folder_of_ones_own_loses_nothing(capsys, folder):
     finished(folder / "done")
     (folder / "mine/media").mkdir(parents=True)

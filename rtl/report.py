@@ -176,7 +176,7 @@ def remarks(table: Mapping[str, Any]) -> list[str]:
     """What is to be known of the paper's figures for this run's methods."""
     from rtl.recipes.published import REMARKS
 
-    methods = {row["method"] for row in table["rows"]}
+    methods = {"", *(row["method"] for row in table["rows"])}
     return [said for (recipe, method), said in REMARKS.items() if recipe == table["recipe"] and method in methods]
 
 

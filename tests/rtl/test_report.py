@@ -161,6 +161,8 @@ def test_what_cannot_be_read_of_the_papers_figures_is_said_below_them():
     assert comparison(table) == f"{markdown(beside_published(table))}\n{REMARKS['cifar100', 'imp_single']}\n"
     table["rows"] = [row("rtl", **OURS)]
     assert comparison(table) == markdown(beside_published(table))
+    pictures = {"recipe": "inr", "rows": [row("rtl", psnr=20.0)]}
+    assert comparison(pictures).endswith(f"|\n\n{REMARKS['inr', '']}\n")
 
 
 # Several runs as one

@@ -40,7 +40,7 @@ def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> 
             if not points:
                 continue
             if method == "dense":
-                line = style.get("linestyle", "--")
+                line = ":" if "linestyle" in style else "--"  # after the first
                 axis.axhline(float(np.mean(points[0.0])), color=style["color"], linestyle=line, label=name)
                 continue
             x = sorted(points)

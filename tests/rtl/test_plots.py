@@ -72,7 +72,8 @@ def test_protocols_of_merged_runs_are_lines_of_their_own():
     assert list(drawn["RTL, quick"].get_ydata()) == [0.5, 0.9]
     assert list(drawn["RTL, paper"].get_ydata()) == [0.1, 0.1]
     assert list(drawn["dense, quick"].get_ydata()) == [0.7, 0.7]
-    assert drawn["RTL, quick"].get_linestyle() != drawn["RTL, paper"].get_linestyle()
+    for method in ("RTL", "dense"):
+        assert drawn[f"{method}, quick"].get_linestyle() != drawn[f"{method}, paper"].get_linestyle()
 
 
 def test_one_seed_at_one_sparsity_is_drawn():

@@ -6,7 +6,8 @@ gives each ticket's performance there. What counts as a fall, and as a warning i
 CIFAR-10 and on the image. Beside it stands the rule that looks at nothing, "warn at a fixed sparsity", with a sparsity
 chosen likewise: an alarm that does no better says no more than that.
 
-    python -m benchmarks.collapse --data DIR                    # runs, or goes on: an hour on two cores
+    python -m benchmarks.collapse --data DIR                    # runs, or goes on: over an hour on two cores
+    python -m benchmarks.collapse cifar10 --seeds 1 2 --data DIR     # some alone; the results keep the others
     python -m benchmarks.collapse --redraw                      # from results/collapse/details.json alone
 """
 
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from rtl.collapse import PREMATURE, Verdict, alarms, verdicts
 from rtl.curve import Curve, mean_to_others
 from rtl.data import data_root
 from rtl.data.pictures import pictures
+from rtl.errors import InputError
 from rtl.extract import PrunePlan
 from rtl.fit import masked_copy
 from rtl.partition import Partition, by_label
@@ -44,7 +47,7 @@ from rtl.tasks import psnr
 
 REMOVE = 0.12  # of the surviving weights a round
 UNTIL = {"digits": 0.99, "cifar10": 0.98, "inr": 0.98}
-SEEDS = {"digits": range(6), "cifar10": range(1), "inr": range(2)}
+SEEDS = {"digits": range(6), "cifar10": range(3), "inr": range(2)}
 CHOOSING = range(3)  # of the digits
 IMAGE = "cocostuff_000000001584"
 ALIGNED = (0.25, 0.5, 0.75, 0.9, 0.95)  # sparsities at which sharing is set against meaning
@@ -147,6 +150,16 @@ def run(tasks: Sequence[str], seeds: Sequence[int], root: Path | None, out: Run)
                 write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
 
 
+def gathered(runs: Path, results: Path) -> list[dict[str, Any]]:
+    """The records that the results hold, and those of finished experiments in their place, by task and seed."""
+    details = results / "details.json"
+    found = json.loads(details.read_text())["records"] if details.exists() else []
+    found += [json.loads(file.read_text()) for task in SEEDS for file in (runs / task).glob("seed-*/record.json")]
+    newest = {(one["task"], one["seed"]): one for one in found}
+    tasks = list(SEEDS)
+    return [newest[key] for key in sorted(newest, key=lambda key: (tasks.index(key[0]), key[1]))]
+
+
 # What the records say
 
 
@@ -177,9 +190,14 @@ def right(found: Iterable[Verdict]) -> int:
 
 
 def choose(records: Sequence[Mapping[str, Any]], rule: str) -> float:
-    """The parameter under which most of the choosing seeds' tickets are judged right; of equals the last."""
+    """The parameter under which most of the choosing seeds' tickets are judged right; of equals the last.
+
+    Raises InputError without a record of each of those seeds.
+    """
     judge, candidates = RULES[rule]
     own = [one for one in records if chosen_on(one)]
+    if seeds := sorted(set(CHOOSING) - {one["seed"] for one in own}):
+        raise InputError(f"records lack the digits' seeds {seeds}, on which parameters are chosen: run these too")
     return max(reversed(candidates), key=lambda value: sum(right(judge(one, value)) for one in own))
 
 
@@ -363,29 +381,32 @@ def write(records: Sequence[Mapping[str, Any]], folder: Path, environment: Mappi
     print("\n".join(tables))
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"some of {', '.join(SEEDS)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=(), help="run these alone (default: all)")
     parser.add_argument("--data", type=Path, help="data root (default: the environment variable RTL_DATA)")
     parser.add_argument("--runs", type=Path, default=Path("runs/collapse"), help="where experiments are kept")
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
-    parser.add_argument("--results", type=Path, default=Path("results/collapse"))
+    parser.add_argument("--results", type=Path, default=Path("results/collapse"), help="gets the new records added")
     parser.add_argument("--redraw", action="store_true", help="run nothing: judge and draw what the results hold")
-    options = parser.parse_args()
-    if options.redraw:
-        details, table = (json.loads((options.results / f"{n}.json").read_text()) for n in ("details", "table"))
-        write(details["records"], options.results, table["environment"])
-    else:
-        run(
-            options.tasks or list(SEEDS),
-            options.seeds,
-            data_root(options.data),
-            Run(options.runs, workers=options.workers),
-        )
-        found = [
-            json.loads(file.read_text())
-            for task in SEEDS
-            for file in sorted((options.runs / task).glob("seed-*/record.json"))
-        ]
-        write(found, options.results, environment())
+    options = parser.parse_args(arguments)
+    try:
+        if unknown := sorted(set(options.tasks) - set(SEEDS)):
+            raise InputError(f"TASK is {unknown[0]!r}, expected some of {', '.join(SEEDS)}")
+        if options.redraw:
+            details, table = (json.loads((options.results / f"{n}.json").read_text()) for n in ("details", "table"))
+            write(details["records"], options.results, table["environment"])
+        else:
+            out = Run(options.runs, workers=options.workers)
+            run(options.tasks or list(SEEDS), options.seeds, data_root(options.data), out)
+            write(gathered(options.runs, options.results), options.results, environment())
+    except InputError as error:
+        print(f"collapse: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 threshold: one-vs-rest, a class is predicted where its score is 0.5 or more (sigmoid of a ticket's logit; softmax of a
            multi-class network's): none, one or several classes a sample.
-argmax:    the class of the highest score, one a sample.
+argmax:    the class of the highest score, one a sample; for tickets, of the highest logit: sigmoids near 1 are equal.
 
 Balanced accuracy is the mean over classes of (TPR + TNR) / 2, precision and recall are means over classes, on all
 samples of the test set; a class that is never predicted has precision 0, one without samples has recall 0.
@@ -71,9 +71,10 @@ def evaluate(
     if isinstance(task, OneVsRest):
         outputs = sorted(output for one in nets for output in one.outputs)
         labels = _labels(data, index, outputs)
+        logits = _ticket_logits(nets, data, batch_size)
         if calibration is None:
-            return classification_metrics(_ticket_logits(nets, data, batch_size).sigmoid().numpy(), labels)
-        return _calibrated(calibration, _ticket_logits(nets, data, batch_size), labels)
+            return classification_metrics(logits.sigmoid().numpy(), labels, logits.numpy())
+        return _calibrated(calibration, logits, labels)
     if isinstance(task, Measured):
         return _measured(task, nets, test, per or (test if isinstance(test, Partition) else None), batch_size)
     if len(nets) > 1:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rtl.data import Data
 from rtl.errors import InputError
-from rtl.evaluate import ticket_scores
+from rtl.evaluate import ticket_logits, ticket_scores
 from rtl.partition import ClusterRule, Features, Partition, features_of
 from rtl.run import write_atomically
 from rtl.tickets import Ticket, TicketNetwork
@@ -203,7 +203,7 @@ def by_confidence(net: TicketNetwork) -> Router:
 def confidence(net: TicketNetwork, data: Data, batch_size: int = 512) -> Tensor:
     """Every ticket's confidence in every sample, one pass for all tickets: float64 (N, K)."""
     if net.task == "one_vs_rest":
-        return ticket_scores(net, data, batch_size).double().logit(eps=1e-9)
+        return ticket_logits(net, data, batch_size).double()
     net.eval()
     found = []
     for index in torch.arange(len(data)).split(batch_size):

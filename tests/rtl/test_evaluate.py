@@ -96,6 +96,17 @@ def test_one_vs_rest_tickets_are_scored_on_every_sample():
     assert found.metrics == pytest.approx(expected(data.inputs.sigmoid().numpy(), data.targets.numpy()))
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["one network", "a network a ticket"])
+def test_of_several_sure_tickets_the_surest_is_taken_though_their_sigmoids_are_all_one(alone):
+    data = Data(torch.tensor([[20.0, 30, 25], [18, 17, 40], [50, 60, 70]]), torch.tensor([1, 2, 0]), tuple("abc"))
+    assert (data.inputs.sigmoid() == 1).all()
+    nets = [identity_network("abc"[k], outputs=(k,), classes=3) for k in range(3)] if alone else identity_network()
+    found = evaluate(nets, data)
+    assert found.metrics["accuracy"] == pytest.approx(2 / 3)
+    assert found.per_class["recall.argmax"] == [0, 1, 1]
+    assert found.metrics["recall.threshold"] == 1
+
+
 def test_the_order_of_tickets_does_not_matter_but_each_reads_its_own_logit():
     data = logits()
     straight = evaluate(identity_network(), data)

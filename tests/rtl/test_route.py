@@ -94,6 +94,11 @@ def test_the_surest_ticket_is_that_of_the_largest_logit(net):
     assert router(net, data).ticket.tolist() == [1, 0, 2]
 
 
+def test_a_tickets_confidence_is_its_logit_however_large(net):
+    data = points([[30, -45, 16], [17, 18, 19]])
+    assert torch.equal(route.confidence(net, data), data.inputs.double())
+
+
 def test_tickets_that_tell_classes_apart_are_sure_by_their_softmax():
     masks = torch.eye(3, dtype=torch.bool).expand(2, 3, 3).clone()
     masks[1, 0] = False  # the second ticket does not see the first class

@@ -15,7 +15,7 @@ something, and a ticket that is loud on everything is not heard on everything.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from rtl.errors import InputError
 from rtl.evaluate import ticket_logits, ticket_scores
 from rtl.partition import ClusterRule, Features, Partition, features_of
 from rtl.run import write_atomically
+from rtl.tasks import TASKS, Measured, OneVsRest
 from rtl.tickets import Ticket, TicketNetwork
 
 METHODS = ("centroid", "confidence")
@@ -222,7 +223,11 @@ def compare(
     Returns:
         By "oracle" and the routers' methods: "routing" (share of samples that get their own ticket), "calibration"
         (expected calibration error over 10 bins of the routing's probability), and the end task's metric: "accuracy"
-        (one-vs-rest: the routed ticket is the sample's own, its score ½ or more; multi-class: the label) or "mse".
+        (one-vs-rest: the routed ticket is the sample's own, its score ½ or more; multi-class: the label), or without
+        classes the task's own (`rtl.tasks.Measured`).
+
+    Raises:
+        InputError: a half without a sample of some ticket, or a task that is not known.
     """
     data, truth = held_out.data, numbers(net, held_out.index)
     known = torch.nonzero(truth >= 0).flatten()
@@ -230,8 +235,9 @@ def compare(
     order = order[truth[order].sort(stable=True).indices]
     halves = order[::2], order[1::2]  # of every ticket's samples half
     rows = torch.cat(halves)
-    metric, values = _task_values(net, data, truth)
-    results = {"oracle": {"routing": 1.0, "calibration": 0.0, metric: float(values[rows, truth[rows]].mean())}}
+    metric, values, summary = _task_values(net, held_out, truth)
+    own = summary(float(values[rows, truth[rows]].mean()))
+    results = {"oracle": {"routing": 1.0, "calibration": 0.0, metric: own}}
     for router in routers:
         scores = router.scores(net, data)
         ticket, probability = torch.empty_like(truth), torch.empty(len(truth), dtype=torch.float64)
@@ -242,27 +248,35 @@ def compare(
         results[router.method] = {
             "routing": float(right.mean()),
             "calibration": _calibration_error(probability[rows], right),
-            metric: float(values[rows, ticket[rows]].mean()),
+            metric: summary(float(values[rows, ticket[rows]].mean())),
         }
     return results
 
 
 @torch.no_grad()
-def _task_values(net: TicketNetwork, data: Data, truth: Tensor, batch_size: int = 512) -> tuple[str, Tensor]:
-    """The end task's metric of every sample through every ticket, float64 (N, K)."""
-    if net.task == "one_vs_rest":
+def _task_values(
+    net: TicketNetwork, parts: Partition, truth: Tensor, batch_size: int = 512
+) -> tuple[str, Tensor, Callable[[float], float]]:
+    """The end task's metric of every sample through every ticket, float64 (N, K), and what its mean is reported as."""
+    task, data = TASKS.get(net.task), parts.data
+    if task is None:
+        raise InputError(f"net is of task {net.task!r}, expected one of {', '.join(TASKS)}")
+    if isinstance(task, OneVsRest):
         own = torch.arange(len(net.names)) == truth[:, None]
-        return "accuracy", (own & (ticket_scores(net, data, batch_size) >= 0.5)).double()
+        return "accuracy", (own & (ticket_scores(net, data, batch_size) >= 0.5)).double(), float
     net.eval()
     found = []
     for index in torch.arange(len(data)).split(batch_size):
-        inputs, targets = data.batch(index)
-        output = net.every(inputs)  # (K, B, ...)
-        if net.task == "multi_class":
-            found.append((output.argmax(2) == targets).T.double())
+        output = net.every(data.batch(index)[0])  # (K, B, ...)
+        if isinstance(task, Measured):
+            outputs = zip(output, net.outputs, strict=True)
+            values = torch.stack([task.measure(one, task.target(parts, subset, index)) for one, subset in outputs])
         else:
-            found.append((output - targets).square().flatten(2).mean(2).T.double())
-    return ("accuracy" if net.task == "multi_class" else "mse"), torch.cat(found)
+            values = output.argmax(2) == data.targets[index]
+        found.append(values.T.double())
+    if isinstance(task, Measured):
+        return task.metric, torch.cat(found), task.summary
+    return "accuracy", torch.cat(found), float
 
 
 def numbers(net: TicketNetwork, index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from rtl import route
 from rtl.cli import main
 from rtl.data import Data
 from rtl.errors import InputError
-from rtl.evaluate import ticket_scores
+from rtl.evaluate import evaluate, ticket_scores
 from rtl.extract import PrunePlan, extract
 from rtl.fit import Fit, masked_copy
 from rtl.partition import by_cluster, by_label, by_metadata
@@ -171,6 +171,22 @@ def test_routing_and_the_end_task_are_measured_beside_the_oracle(net):
     assert 0.75 < found["confidence"]["routing"] < 0.95
     assert found["confidence"]["accuracy"] <= found["confidence"]["routing"]
     assert found["confidence"]["calibration"] < 0.06
+
+
+@pytest.mark.parametrize(("task", "metric"), [("regression", "mse"), ("pixels", "psnr"), ("enhancement", "si_snri")])
+def test_a_task_without_classes_is_judged_by_its_own_measure(task, metric):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand((40, 8), generator=generator)
+    inputs = target + 0.5 * torch.randn((40, 8), generator=generator)  # colours beyond 0 and 1 too
+    data = Data(inputs, target, metadata={"scene": ["x", "y"] * 20})
+    masks = torch.eye(8, dtype=torch.bool).expand(2, 8, 8).clone()
+    masks[1, 0, 0] = False
+    net, parts = identity_network("xy", task=task, classes=8, masks=masks), by_metadata(data, "scene")
+    found = route.compare(net, [route.by_centroid(net, parts)], parts)
+    assert found["oracle"][metric] == pytest.approx(evaluate(net, parts).metrics[metric])
+    assert set(found["centroid"]) == {"routing", "calibration", metric}
+    with pytest.raises(InputError, match="net is of task 'magic', expected one of one_vs_rest"):
+        route.compare(identity_network("xy", task="magic", classes=8), [], parts)
 
 
 def test_the_test_half_is_not_calibrated_on(net):

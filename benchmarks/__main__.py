@@ -23,6 +23,7 @@ from benchmarks.harness import MODES, Settings, environment
 from benchmarks.summary import show, summarise, write_results
 from rtl.errors import InputError
 from rtl.progress import Progress
+from rtl.workers import ALLOCATOR
 
 ROOT = Path(__file__).parents[1]
 UNFINISHED = ROOT / "runs" / "benchmarks" / "unfinished"
@@ -111,7 +112,8 @@ def run(stage: Stage, finished: Path) -> dict[str, Any]:
 
 def state_of_code() -> str:
     """A digest of what decides the figures: kernels, benchmarks, torch and machine."""
-    digest = hashlib.sha256(f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()}".encode())
+    settings = torch.__version__, torch.backends.cpu.get_cpu_capability(), ALLOCATOR
+    digest = hashlib.sha256(str(settings).encode())
     for folder in ("rtl_kernels", "benchmarks", "rtl/models"):
         for file in sorted((ROOT / folder).rglob("*")):
             if file.suffix in (".py", ".so"):

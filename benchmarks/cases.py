@@ -19,13 +19,6 @@ import rtl_kernels as rk
 
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 
-# Large results would otherwise be faulted in afresh at every call, by every contender, at many times their cost.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-
 
 @dataclass(frozen=True)
 class Case:

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import ALLOCATOR
 from benchmarks.timing import RoundRobin, Run
+from rtl.workers import ALLOCATOR
 
 MODES = ("inference", "training")
 BASELINE = "dense"
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What the process that measures has to be started with: the same for every contender."""
+    """What the process that measures has to be started with: the same for every contender, and as for rtl's workers."""
     return {**ALLOCATOR, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 

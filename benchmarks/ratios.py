@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.cases import ALLOCATOR, CASES, SPARSITIES, Case
+from benchmarks.cases import CASES, SPARSITIES, Case
+from rtl.workers import ALLOCATOR
 
 if any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):  # read by glibc when a process starts
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.ratios", *sys.argv[1:]], {**os.environ, **ALLOCATOR})

@@ -218,11 +218,12 @@ class Run:
         Items are handed out in order, one at a time as workers free up. The result does not depend on the number of
         workers: with one (or one item, or inside a worker) everything runs in this process, also with one torch
         thread; torch's global generators are seeded from (seed, label, position) for each item. `function` must not
-        change its item. Workers are spawned, so a script needs `if __name__ == "__main__":` around what it runs.
+        change its item. Workers are spawned, so a script needs `if __name__ == "__main__":` around what it runs; they
+        keep freed memory (`rtl.workers.ALLOCATOR`), unless the environment sets a MALLOC_ variable of glibc's.
 
         Args:
-            function: a function of a module (workers import it), or a `functools.partial` of one: what it holds, such
-                as the data, is sent to each worker once.
+            function: a function of a module (workers import it), or a `functools.partial` of one: what it holds is
+                sent to each worker once, and large tensors, such as the data, are one copy that all of them read.
             items: whatever can be pickled; so must the results.
             label: names the work in progress and errors.
 

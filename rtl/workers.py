@@ -1,11 +1,14 @@
 """Worker processes of `Run.map`: one pipe each to the parent, gone when either side is.
 
 Messages are pickled here, by value: torch's own reduction for processes passes file descriptors, which die with the
-worker. concurrent.futures neither stops running work nor says how a worker died.
+worker. What all items have in common is sent once, its large tensors in a file without a name that every worker maps.
+concurrent.futures neither stops running work nor says how a worker died.
 """
 
 from __future__ import annotations
 
+import io
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -14,12 +17,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
+from multiprocessing import reduction, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from rtl.errors import InputError
 from rtl.progress import Event, Progress, Task
@@ -29,6 +33,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+# What workers start with unless a MALLOC_ variable is set: glibc keeps freed memory. Otherwise a large result is given back
+# to the system and faulted in afresh at every call. (So large a threshold for mmap would do too, but only from 2.35 on.)
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+MAPPED_BYTES = 1 << 20  # a tensor as large as this is not copied into every worker
 
 _progress: Progress | None = None  # set in a worker process
 
@@ -61,20 +74,22 @@ class _WorkerTraceback(Exception):  # noqa: N818 (it is shown as a cause, never 
 
 
 def map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[T], label: str, task: Task) -> list[R]:
-    head = _pickled((run, function, label), f"function is {function!r}")
+    allocator = {} if any(name.startswith("MALLOC_") for name in os.environ) else ALLOCATOR
     queue = [_pickled((i, item), f"items[{i}] is a {type(item).__name__}") for i, item in enumerate(items)][::-1]
     results: dict[int, R] = {}
     context = multiprocessing.get_context("spawn")
     team: dict[Connection, BaseProcess] = {}
     started: set[Connection] = set()
     finished = False
+    file = os.fdopen(os.memfd_create("rtl"), "w+b")  # gone when no process has it open any more
     try:
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"), _interrupts_held():
+        head = _pickled_and_mapped((run, function, label), f"function is {function!r}", file)
+        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", **allocator), _interrupts_held():
             for number in range(min(run.workers, len(items))):
                 ours, theirs = context.Pipe()
                 name = f"{label}-worker-{number}"
                 process: BaseProcess = context.Process(
-                    target=_work, args=(theirs, head, os.getcwd()), name=name, daemon=True
+                    target=_work, args=(theirs, head, _Descriptor(file), os.getcwd()), name=name, daemon=True
                 )
                 process.start()
                 theirs.close()  # so that ours ends when the worker does
@@ -113,10 +128,11 @@ def map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[
             worker.join()
             pipe.close()
             run.progress.abandon(worker.pid or 0)
+        file.close()
     return [results[position] for position in range(len(items))]
 
 
-def _work(pipe: Connection, head: bytes, folder: str) -> None:
+def _work(pipe: Connection, head: bytes, file: int, folder: str) -> None:
     """What a worker process does: one item after another until the parent closes the pipe."""
     global _progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
@@ -140,17 +156,16 @@ def _work(pipe: Connection, head: bytes, folder: str) -> None:
             item = pipe.recv_bytes()
             try:
                 if common is None:
-                    common = _rebuilt(head)
-                    del head
+                    common = _rebuilt(head, file)
                 answer = _answer(*common, *_rebuilt(item))
             except BaseException as error:
                 answer = pickle.dumps(("error", _portable(error), traceback.format_exc()))
             send(answer)
 
 
-def _rebuilt(data: bytes) -> Any:
+def _rebuilt(data: bytes, file: int = -1) -> Any:
     try:
-        return pickle.loads(data)
+        return _Unpickler(data, file).load()
     except (AttributeError, ImportError) as error:
         raise InputError(f"function and items cannot be rebuilt in a worker ({error}): pass workers=1") from error
 
@@ -169,10 +184,74 @@ def _exit_with_parent() -> None:
 
 
 def _pickled(value: Any, what: str) -> bytes:
-    try:
+    with _sendable(what):
         return pickle.dumps(value)
+
+
+@contextmanager
+def _sendable(what: str) -> Iterator[None]:
+    try:
+        yield
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise InputError(f"{what}, which worker processes cannot be sent ({error}): pass workers=1") from error
+
+
+def _pickled_and_mapped(value: Any, what: str, file: IO[bytes]) -> bytes:
+    """`value` without its large tensors, which go into `file`; errors as for `_pickled`."""
+    stream = io.BytesIO()
+    with _sendable(what):
+        _Pickler(stream, file).dump(value)
+    file.flush()
+    return stream.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Puts large tensors into a file, each where a page begins."""
+
+    def __init__(self, stream: IO[bytes], file: IO[bytes]) -> None:
+        super().__init__(stream)
+        self._file = file
+        self._places: dict[tuple[Any, ...], int] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        if type(value) is not Tensor or value.requires_grad or value.device.type != "cpu":
+            return None
+        if value.layout is not torch.strided or not value.is_contiguous() or value.nbytes < MAPPED_BYTES:
+            return None
+        content = value.data_ptr(), value.dtype, tuple(value.shape)
+        if content not in self._places:
+            self._places[content] = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+            self._file.seek(self._places[content])
+            self._file.write(value.flatten().view(torch.uint8).numpy())
+        return self._places[content], value.nbytes, *content[1:]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Maps what `_Pickler` put into the file: processes share it until one of them writes to it, for itself alone."""
+
+    def __init__(self, data: bytes, file: int) -> None:
+        super().__init__(io.BytesIO(data))
+        self._file = file
+
+    def persistent_load(self, place: Any) -> Tensor:
+        offset, size, dtype, shape = place
+        content = mmap.mmap(self._file, size, access=mmap.ACCESS_COPY, offset=offset)
+        return torch.frombuffer(content, dtype=dtype).view(shape)
+
+
+class _Descriptor:
+    """An open file, which a process that is being started gets as its descriptor there."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _detached, (reduction.DupFd(self._file.fileno()),)
+
+
+def _detached(descriptor: Any) -> int:
+    number: int = descriptor.detach()
+    return number
 
 
 def _portable(error: BaseException) -> BaseException:

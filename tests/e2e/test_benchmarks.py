@@ -321,7 +321,7 @@ def test_the_benchmarks_refuse_another_environment():
         text=True,
     )
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "MALLOC_MMAP_THRESHOLD_" in done.stderr
+    assert "MALLOC_MMAP_MAX_" in done.stderr
 
 
 @pytest.mark.slow

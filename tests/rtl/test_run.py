@@ -1,11 +1,13 @@
 """rtl.run: stages that resume, artefacts that are whole or absent, workers that change nothing but the time."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -531,6 +533,56 @@ def test_an_error_that_cannot_be_pickled_is_told_in_words():
     error = rtl.workers._portable(UnpicklableError("one", "two"))
     assert type(error) is RuntimeError
     assert str(error) == "UnpicklableError: one"
+
+
+def memory(tensors, run, item):
+    """A sum over all of `tensors`, and the MiB this process then has to itself."""
+    total = sum(float(t.sum()) for t in tensors)
+    return total, int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory in /proc")
+def test_workers_hold_no_copies_of_large_tensors(run):
+    found = {}
+    for megabytes in (1, 96):
+        large = torch.full((megabytes << 18,), 0.5)
+        small = torch.arange(10)
+        found[megabytes] = run.map(functools.partial(memory, [large, large, small]), [0, 1], label="w")
+        assert [total for total, _ in found[megabytes]] == [(megabytes << 18) + 45.0] * 2
+    assert max(found[96])[1] - min(found[1])[1] < 32
+
+
+def scribble(tensors, run, item):
+    before = [t.clone() for t in tensors]
+    for t in tensors:
+        t.zero_()
+    return before
+
+
+def test_large_tensors_of_any_kind_arrive_whole_and_are_nobody_elses_to_change(run):
+    base = torch.randn(3, 1 << 19)
+    kinds = [base, base[1:], base.T, base.bfloat16(), base > 0, base[0, :1000], (base * 100).to(torch.int64)]
+    assert sum(t.nbytes >= rtl.workers.MAPPED_BYTES for t in kinds) == 6
+    kept = [t.clone() for t in kinds]
+    first, _ = run.map(functools.partial(scribble, kinds), [0, 1], label="w")
+    for found, other, expected in zip(first, kinds, kept, strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+        assert torch.equal(other, expected)
+
+
+def allocator(run, item):
+    return {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+
+
+@pytest.mark.parametrize("own", [{}, {"MALLOC_ARENA_MAX": "2"}])
+def test_workers_keep_freed_memory_unless_the_user_says_how(run, monkeypatch, own):
+    for name in allocator(run, 0):
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert run.map(allocator, [0, 1], label="w") == [own or rtl.workers.ALLOCATOR] * 2
+    assert allocator(run, 0) == own  # this process's are as they were
 
 
 def give_a_function(run, item):

@@ -110,11 +110,11 @@ def run(stage: Stage, finished: Path) -> dict[str, Any]:
     return report
 
 
-def state_of_code() -> str:
+def state_of_code(folders: Sequence[str] = ("rtl_kernels", "benchmarks", "rtl/models")) -> str:
     """A digest of what decides the figures: kernels, benchmarks, torch and machine."""
     settings = torch.__version__, torch.backends.cpu.get_cpu_capability(), ALLOCATOR
     digest = hashlib.sha256(str(settings).encode())
-    for folder in ("rtl_kernels", "benchmarks", "rtl/models"):
+    for folder in folders:
         for file in sorted((ROOT / folder).rglob("*")):
             if file.suffix in (".py", ".so"):
                 digest.update(file.read_bytes())

@@ -1,21 +1,29 @@
 """What RTL costs: presented samples a second of a whole run, against one network and against dense PyTorch.
 
-python -m benchmarks.bench_price --data DIR [--train-files 1] [--remove 4096] [--only rtl profile] [--out FILE]
+python -m benchmarks.bench_price --data DIR [--protocol reduced] [--only rtl profile] [--out FILE]
 
-One whole run of the CIFAR-10 recipe (protocol "quick", all its rounds up to 75 %, three retrainings, evaluation), on
-fewer images by default, and then the same rounds by each of the others, one after another, alone on the machine:
+One whole run of the CIFAR-10 recipe (by default under its protocol "reduced", the one the README reports: all rounds,
+retrainings, evaluation), and then the same rounds by each of the others, one after another, alone on the machine, each
+in a process of its own. An interrupted measurement goes on with the contenders it lacks.
 
 rtl               the package as `rtl run cifar10 --methods rtl` runs it: a worker process a core.
+rtl_batched       the same, but extraction trains all tickets of a round in one mixed batch, through untied weights and
+                  our kernels, in one process with torch's own threads (`extract(..., batched=True)`).
 imp_single        the package on one pruned network for all data, presented with as many samples. Its rounds are one
-                  chain, which one worker runs while the other cores idle.
-dense_loop        RTL on plain PyTorch: ordinary modules, m_k * θ in every forward pass, a loop over tickets, torch's
-                  own threads on all cores.
+                  chain, which one process runs on one core while the others idle.
+dense_loop        RTL on plain PyTorch: ordinary modules, a loop over tickets, torch's own threads on all cores. A
+                  ticket's extraction has weights of its own, so that pruned ones are set to zero once and only their
+                  gradients masked; joint retraining shares weights, so that m_k * θ is formed at every step.
 dense_workers     the same in a worker process a core, tickets and retrainings shared out as the package does.
 dense_imp_single  IMP single on plain PyTorch, torch's own threads on all cores: what one network costs without us.
 
-"seconds" are wall seconds from before the first process starts to the last metric. Ratios are to be read from one run.
-The profile sorts one thread's time of the training loop and of evaluation (torch.profiler, steps of `--batch-size`
-samples at 50 %) into data, forward, backward, optimiser, batch norm, and what Python does between operators.
+"seconds" are wall seconds from before the first worker starts to the last metric, "processor seconds" those of all
+threads and processes added up: a contender that leaves cores idle looks better by these. Both are shown in units of
+either IMP single's too. Ratios are to be read from one run. All contenders have the allocator settings that the package
+gives its workers (`rtl.workers.ALLOCATOR`), and the same optimiser (Adam, foreach).
+
+The profile sorts one thread's time of the training loop and of evaluation (torch.profiler, steps of the recipe's batch
+size at 50 %) into data, forward, backward, optimiser, batch norm, and what Python does between operators.
 """
 
 from __future__ import annotations
@@ -25,40 +33,42 @@ import copy
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from benchmarks.cases import ALLOCATOR
-
-if __name__ == "__main__" and any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):
-    # read by glibc when a process starts
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.bench_price", *sys.argv[1:]], os.environ | ALLOCATOR)
 
 import torch
 from torch import Tensor, nn
 
 import rtl_kernels as rk
+from benchmarks.__main__ import state_of_code
 from rtl.data import Data
 from rtl.errors import InputError
-from rtl.evaluate import classification_metrics
-from rtl.extract import kept_at, prune
+from rtl.evaluate import classification_metrics, evaluate
+from rtl.extract import extract, kept_at, prune
 from rtl.fit import Fit, masked_copy, new_optimizer, split, step
 from rtl.partition import Partition, by_label, whole
-from rtl.progress import Progress
+from rtl.progress import Progress, duration
 from rtl.recipes import Classification, recipe
 from rtl.recipes.classification import load, new_model, run_classification
 from rtl.report import environment, markdown
-from rtl.retrain import presented, schedule
+from rtl.retrain import presented, retrain, schedule
 from rtl.run import Run, write_atomically
-from rtl.tickets import TicketNetwork
+from rtl.tickets import TicketNetwork, Tickets
+from rtl.workers import ALLOCATOR, environment_variables
 
-CONTENDERS = ("rtl", "imp_single", "dense_loop", "dense_workers", "dense_imp_single")
+CONTENDERS = ("rtl", "rtl_batched", "imp_single", "dense_loop", "dense_workers", "dense_imp_single")
+# Training samples a second and core, as once measured on two cores with AVX-512: for the plan's seconds alone.
+OURS, DENSE = 2600, 900
+EVALUATED = 0.25  # what an evaluated sample costs, in trained ones
 DEFAULT = Path("benchmarks/results/price.json")
 
 
@@ -90,7 +100,7 @@ class Plain:
         for number, keep in enumerate(self.rounds):
             generator = self.run.generator("extract", self.parts.names[ticket], number)
             model = copy.deepcopy(self.model).train()
-            optimizer = torch.optim.Adam(model.parameters(), lr=self.fit.lr)
+            optimizer = torch.optim.Adam(model.parameters(), lr=self.fit.lr, foreach=True)
             with torch.no_grad():
                 for name, mask in masks.items():
                     model.get_parameter(name).mul_(mask)
@@ -99,10 +109,7 @@ class Plain:
                     loss = self._losses(model(self.parts.data.batch(index)[0]), ticket, index).mean()
                     optimizer.zero_grad()
                     loss.backward()
-                    for (
-                        name,
-                        mask,
-                    ) in masks.items():  # zero from the first step on, so that Adam's moments stay zero too
+                    for name, mask in masks.items():  # zero from the first step on, so that moments stay zero too
                         gradient = model.get_parameter(name).grad
                         assert gradient is not None
                         gradient.mul_(mask)
@@ -118,7 +125,7 @@ class Plain:
         masks = [ticket[level] for ticket in tickets]
         model = copy.deepcopy(self.model).train()
         buffers = [{name: t.clone() for name, t in model.named_buffers()} for _ in masks]
-        optimizer = torch.optim.Adam(model.parameters(), lr=self.fit.lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.fit.lr, foreach=True)
         for epoch in range(self.retrain_epochs):
             generator = self.run.generator("retrain", *self.parts.names, epoch)
             for batch in schedule(self.parts, list(range(len(masks))), self.fit, generator):
@@ -211,33 +218,69 @@ def plain_run(plain: Plain, test: Data, run: Run, *, workers: bool) -> dict[floa
     return dict(zip(levels, metrics, strict=True))
 
 
+def _batched(config: Classification, train: Data, test: Data, run: Run) -> dict[float, dict[str, float]]:
+    """Metrics by level of RTL whose extraction is batched; retrained and evaluated as it always is."""
+    model, parts = new_model(config, train, run), by_label(train)
+    tickets = extract(model, parts, config.plan, config.fit("rtl", config.round_epochs), run, batched=True)
+    fit, levels = config.fit("rtl", config.retrain_epochs), sorted(config.sparsities)
+    finish = functools.partial(_batched_finish, model, parts, tickets, fit, test)
+    return dict(zip(levels, run.map(finish, levels, label="retrain"), strict=True))
+
+
+def _batched_finish(
+    model: nn.Module, parts: Partition, tickets: Tickets, fit: Fit, test: Data, run: Run, level: float
+) -> dict[str, float]:
+    return evaluate(retrain(model, tickets.at(level), parts, fit, run), test).metrics
+
+
 # One measurement
 
 
 def measure(name: str, config: Classification, train: Data, test: Data, workers: int, quiet: bool) -> dict[str, Any]:
-    """Wall seconds, presented samples and metrics of one contender."""
-    single = name.endswith("imp_single")
-    method = "imp_single" if single else "rtl"
+    """Wall and processor seconds, presented samples and metrics of one contender."""
+    single, threaded = name.endswith("imp_single"), name in ("dense_loop", "dense_imp_single", "rtl_batched")
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder, seed=config.seeds[0], workers=workers, progress=Progress(quiet=quiet))
-        began = time.perf_counter()
+        began, processor = time.perf_counter(), _processor_seconds()
         if name in ("rtl", "imp_single"):
-            rows, _ = run_classification(dataclasses.replace(config, methods=(method,)), run, train, test)
+            rows, _ = run_classification(dataclasses.replace(config, methods=(name,)), run, train, test)
             metrics = {row["sparsity"]: row["metrics"] for row in rows}
+        elif name == "rtl_batched":
+            metrics = _batched(config, train, test, run)
         else:
             metrics = plain_run(plain(config, train, run, single), test, run, workers=name == "dense_workers")
-        seconds = time.perf_counter() - began
-    samples = presented_samples(config, train, single)
+        seconds, processor = time.perf_counter() - began, _processor_seconds() - processor
+    samples = sum(presented_samples(config, train, single))
     return {
         "contender": name,
         "seconds": seconds,
+        "processor_seconds": processor,
         "samples": samples,
         "samples_per_second": samples / seconds,
-        "workers": 1 if name in ("dense_loop", "dense_imp_single") else workers,
-        "threads": torch.get_num_threads() if name in ("dense_loop", "dense_imp_single") else 1,
+        "workers": 1 if threaded else workers,
+        "threads": torch.get_num_threads() if threaded else 1,
         "balanced_accuracy.threshold": {str(s): m["balanced_accuracy.threshold"] for s, m in metrics.items()},
         "accuracy": {str(s): m["accuracy"] for s, m in metrics.items()},
     }
+
+
+def _processor_seconds() -> float:
+    """Of this process, and of those that it started and that ended."""
+    return sum(os.times()[:4])
+
+
+def measure_apart(name: str, config: Classification, root: Path | None, workers: int, quiet: bool) -> dict[str, Any]:
+    """`measure` in a process of its own, in which RTL finds what `rtl run` does; the others work in it themselves."""
+    settings = {} if name == "rtl" else ALLOCATOR
+    with (
+        environment_variables(**settings),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
+        return pool.submit(_measure_loaded, name, config, root, workers, quiet).result()
+
+
+def _measure_loaded(name: str, config: Classification, root: Path | None, workers: int, quiet: bool) -> dict[str, Any]:
+    return measure(name, config, *load(config, root), workers, quiet)
 
 
 def plain(config: Classification, train: Data, run: Run, single: bool) -> Plain:
@@ -261,13 +304,25 @@ def plain(config: Classification, train: Data, run: Run, single: bool) -> Plain:
     )
 
 
-def presented_samples(config: Classification, train: Data, single: bool) -> int:
-    """Over all rounds and all retrainings."""
+def presented_samples(config: Classification, train: Data, single: bool) -> tuple[int, int]:
+    """Over all rounds, and over all retrainings."""
     one = plain(config, train, Run("."), single)
     epoch = sum(len(one.fit.task.draw(one.parts, k, torch.Generator())) for k in range(len(one.parts)))
     batches = schedule(one.parts, list(range(len(one.parts))), one.fit, torch.Generator())
     together = sum(len(index) for batch in batches for _, _, index in batch)
-    return len(one.rounds) * one.round_epochs * epoch + len(one.levels) * one.retrain_epochs * together
+    return len(one.rounds) * one.round_epochs * epoch, len(one.levels) * one.retrain_epochs * together
+
+
+def expected_seconds(name: str, config: Classification, train: Data, test: Data, workers: int) -> float:
+    """About how long a contender takes."""
+    single = name.endswith("imp_single")
+    rounds, retrained = presented_samples(config, train, single)
+    levels = len(config.sparsities)
+    retrained += round(EVALUATED * levels * len(test) * (1 if single else len(by_label(train))))
+    if name in ("dense_loop", "dense_imp_single"):
+        return (rounds + retrained) / (DENSE * torch.get_num_threads())
+    chains = 1 if name in ("imp_single", "rtl_batched") else workers
+    return (rounds / chains + retrained / min(workers, levels)) / (DENSE if name == "dense_workers" else OURS)
 
 
 def _prunable(model: nn.Module) -> int:
@@ -403,14 +458,16 @@ def _part(event: Any) -> str:
 
 def table(results: Mapping[str, Any]) -> str:
     """The measurements and the profile as Markdown."""
-    runs = {row["contender"]: row for row in results["runs"]}
-    lines = [["contender", "workers × threads", "samples", "seconds", "samples/s", "seconds / RTL's"]]
+    runs = {row["contender"]: row for row in results["runs"] if "seconds" in row}
+    units = [name for name in ("imp_single", "dense_imp_single") if name in runs]
+    lines = [["contender", "workers × threads", "samples", "samples/s", "seconds", "processor seconds"]]
+    lines[0] += [f"{what} / {unit}'s" for unit in units for what in ("seconds", "processor seconds")]
     for name, row in runs.items():
-        ratio = f"{row['seconds'] / runs['rtl']['seconds']:.2f}" if "rtl" in runs else "–"
-        shape = f"{row['workers']} × {row['threads']}"
-        counts = [f"{row['samples']:,}", f"{row['seconds']:,.0f}", f"{row['samples_per_second']:,.0f}"]
-        lines.append([name, shape, *counts, ratio])
+        counts = [f"{row[key]:,.0f}" for key in ("samples", "samples_per_second", "seconds", "processor_seconds")]
+        ratios = [f"{row[key] / runs[unit][key]:.2f}" for unit in units for key in ("seconds", "processor_seconds")]
+        lines.append([name, f"{row['workers']} × {row['threads']}", *counts, *ratios])
     tables = [markdown(lines)] if runs else []
+    tables += [f"{row['contender']}: {row['skipped']}\n" for row in results["runs"] if "skipped" in row]
     if results.get("profile"):
         head = ["one thread, ms (share)", *results["profile"]]
         body = [
@@ -423,54 +480,85 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(tables)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0; 2 for bad input; 130 if interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data", type=Path, help="data root (default: the environment variable RTL_DATA)")
-    parser.add_argument("--train-files", type=int, default=1, help="of CIFAR-10's 5, 10,000 images each (default: 1)")
-    parser.add_argument("--remove", type=int, default=4096, help="weights a round removes (default: 4096, the paper's)")
-    parser.add_argument("--retrain-epochs", type=int, default=10, help="default: 10, the paper's")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--protocol", default="reduced", help="of the recipe cifar10 (default: reduced)")
     parser.add_argument("--workers", type=int, help="default: one a core")
     parser.add_argument("--only", nargs="+", choices=[*CONTENDERS, "profile"], default=[*CONTENDERS, "profile"])
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--out", type=Path, default=DEFAULT, help=f"default: {DEFAULT}")
     options = parser.parse_args(arguments)
     try:
-        results = _measured(options)
+        print(table(_measured(options, _published(arguments))))
     except InputError as error:
-        sys.exit(f"bench_price: {error}")
-    write_atomically(options.out, (json.dumps(results, indent=1) + "\n").encode())
-    write_atomically(options.out.with_suffix(".md"), table(results).encode())
-    print(table(results))
+        print(f"bench_price: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench_price: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
 
 
-def _measured(options: argparse.Namespace) -> dict[str, Any]:
-    config = dataclasses.replace(
-        recipe("cifar10", "quick"),
-        train_files=options.train_files,
-        remove=options.remove,
-        retrain_epochs=options.retrain_epochs,
-        sparsities=tuple(options.sparsities),
-        methods=("rtl",),
-    )
+def _published(arguments: Sequence[str]) -> str:
+    """The command for anybody: where the data lies is not part of it."""
+    words = ["--data=DIR" if word.startswith("--data=") else word for word in arguments]
+    words = ["DIR" if before == "--data" else word for before, word in zip(["", *words], words, strict=False)]
+    return shlex.join(["python", "-m", "benchmarks.bench_price", *words])
+
+
+def _measured(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure what the results lack, writing them after each."""
+    config: Any = dataclasses.replace(recipe("cifar10", options.protocol), methods=("rtl",))
     train, test = load(config, options.data)
     workers = Run(".", workers=options.workers).workers
     show: Callable[[str], None] = (lambda _: None) if options.quiet else functools.partial(print, file=sys.stderr)
-    runs = []
-    for name in (name for name in CONTENDERS if name in options.only):
-        show(f"{name}: {presented_samples(config, train, name.endswith('imp_single')):,} samples")
-        runs.append(measure(name, config, train, test, workers, options.quiet))
-        show(f"{name}: {runs[-1]['seconds']:.0f} s, {runs[-1]['samples_per_second']:.0f} samples/s")
-    return {
-        "command": " ".join(["python -m benchmarks.bench_price", *sys.argv[1:]]),
-        "environment": environment(),
-        "config": {key: value for key, value in dataclasses.asdict(config).items() if key != "methods"},
-        "runs": runs,
-        "profile": profile(config, train, test) if "profile" in options.only else {},
-    }
+    fields = {key: value for key, value in dataclasses.asdict(config).items() if key != "methods"}
+    same = {"config": fields, "workers": workers, "code": state_of_code(("rtl_kernels", "benchmarks", "rtl"))}
+    results = _begun(options.out, json.loads(json.dumps(same)))
+    results |= {"command": command, "environment": environment()}
+    found = {row["contender"] for row in results["runs"]}
+    todo = [name for name in CONTENDERS if name in options.only and name not in found]
+    expected = {name: expected_seconds(name, config, train, test, workers) for name in todo}
+    for name in todo:
+        rounds, retrained = presented_samples(config, train, name.endswith("imp_single"))
+        show(f"{name}: {rounds:,} + {retrained:,} samples, about {duration(expected[name])}")
+    show(f"all of it: about {duration(sum(expected.values()))}")
+    for name in todo:
+        try:
+            results["runs"].append(measure_apart(name, config, options.data, workers, options.quiet))
+            show(f"{name}: {results['runs'][-1]['seconds']:.0f} s")
+        except InputError as error:
+            if name != "rtl_batched":  # which needs subsets of equally many batches
+                raise
+            results["runs"].append({"contender": name, "skipped": str(error)})
+        _write(options.out, results)
+    if "profile" in options.only and not results["profile"]:
+        results["profile"] = profile(config, train, test)
+    results["complete"] = True
+    _write(options.out, results)
+    return results
+
+
+def _begun(file: Path, same: Mapping[str, Any]) -> dict[str, Any]:
+    """The unfinished results in `file` if they are of the same code and settings, else new ones."""
+    if file.exists():
+        results: dict[str, Any] = json.loads(file.read_text())
+        if results.get("complete") is False and all(results.get(key) == value for key, value in same.items()):
+            return results
+    return {**same, "complete": False, "runs": [], "profile": {}}
+
+
+def _write(file: Path, results: Mapping[str, Any]) -> None:
+    write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(file.with_suffix(".md"), table(results).encode())
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import bench_price  # so that a process finds by its module's name what it is sent
+
+    sys.exit(bench_price.main())

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-# What workers start with unless a MALLOC_ variable is set: glibc keeps freed memory. Otherwise a large result is given back
-# to the system and faulted in afresh at every call. (So large a threshold for mmap would do too, but only from 2.35 on.)
+# What workers start with unless a MALLOC_ variable is set: glibc keeps freed memory. Otherwise a large result is given
+# back to the system and faulted in afresh at every call. (As large a threshold for mmap needs glibc 2.35.)
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -84,7 +84,7 @@ def map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[
     file = os.fdopen(os.memfd_create("rtl"), "w+b")  # gone when no process has it open any more
     try:
         head = _pickled_and_mapped((run, function, label), f"function is {function!r}", file)
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", **allocator), _interrupts_held():
+        with environment_variables(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", **allocator), _interrupts_held():
             for number in range(min(run.workers, len(items))):
                 ours, theirs = context.Pipe()
                 name = f"{label}-worker-{number}"
@@ -291,7 +291,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def environment_variables(**variables: str) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

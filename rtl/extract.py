@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import rtl_kernels as rk
+from rtl import checkpoint
 from rtl.collapse import Alarm, CollapseWarning, alarms
 from rtl.curve import Curve
 from rtl.errors import InputError
@@ -34,6 +35,8 @@ from rtl.workers import global_seed
 
 SCOPES = ("global", "layer")
 TRAINED = ("masked", "dense")
+
+CHECKPOINT_SECONDS = 120.0  # of a round that is killed so much is done again, or the epoch it was in
 
 THETA = "theta/"  # before the names of weights in a round's artefact, beside the masks' words by layer
 
@@ -119,7 +122,8 @@ def extract(
         parts: the subsets D_k.
         plan: how sparsity grows.
         fit: one round's training; its schedule does not matter here.
-        run: where rounds are kept: calling again with the same arguments resumes.
+        run: where rounds are kept, and every `CHECKPOINT_SECONDS` what a round has reached (unless batched): calling
+            again with the same arguments resumes.
         batched: train all tickets in one batch through untied weights, in this process, instead of one at a time in
             `run.workers` processes. Masks agree up to rounding. For GPUs and very small models.
 
@@ -353,12 +357,22 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
             if plan.trained == "masked":
                 net.banks = survivors
 
-            def one_round(number: int = number, keep: int = rounds[number], survivors: Banks = survivors) -> Artefact:
-                began, samples, loss, stages = time.perf_counter(), 0, 0.0, []
+            stem = f"{slug(name)}/checkpoint-{number:03d}"
+
+            def one_round(
+                number: int = number, keep: int = rounds[number], survivors: Banks = survivors, stem: str = stem
+            ) -> Artefact:
+                began = saved = time.perf_counter()
                 rewind(net, theta0)  # θ ← θ0
                 optimizer, generator = new_optimizer(net, fit), run.generator("extract", name, number)
+                done, reached = checkpoint.resume(run, stem, fit.epochs, net, optimizer, generator)
+                samples, loss = reached.info.get("samples", 0), reached.info.get("loss", 0.0)
+                began -= reached.info.get("seconds", 0.0)
+                kept = range(done if keep in extraction.reported else 0)
+                stages: list[Masks] = [{layer: reached.tensors[f"{e}/{layer}"] for layer in survivors} for e in kept]
+                progress.skip(done)
                 net.train()
-                for epoch in range(fit.epochs):  # train f(·; m_k ⊙ θ) on D_k
+                for epoch in range(done, fit.epochs):  # train f(·; m_k ⊙ θ) on D_k
                     order = fit.task.draw(parts, ticket, generator)
                     batches = split(order, fit.batch_size)
                     for m, index in enumerate(batches):
@@ -368,6 +382,11 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
                     if keep in extraction.reported:
                         stages.append(pruned(net, 0, survivors, keep, plan.scope))
                     progress.advance(note=f"round {number + 1} of {len(rounds)}, loss {loss:.3g}", loss=loss)
+                    if time.perf_counter() - saved >= CHECKPOINT_SECONDS and epoch + 1 < fit.epochs:
+                        saved = time.perf_counter()
+                        info = {"samples": samples, "loss": loss, "seconds": saved - began}
+                        own = {f"{e}/{layer}": m for e, stage in enumerate(stages) for layer, m in stage.items()}
+                        checkpoint.save(run, stem, epoch + 1, net, optimizer, info, generator, own)
                 masks = pruned(net, 0, survivors, keep, plan.scope)
                 theta = state(net) if keep in extraction.reported else {}
                 return _artefact(masks, stages, theta, keep, samples, loss, time.perf_counter() - began)
@@ -375,6 +394,7 @@ def _extract_ticket(extractions: Sequence[Extraction], _: Run, job: tuple[int, i
             if run.done(extraction.key(ticket, number)):
                 progress.skip(fit.epochs)
             survivors = extraction._banks([run.stage(extraction.key(ticket, number), one_round)])
+            checkpoint.discard(run, stem, fit.epochs)
 
 
 def _extract_batched(extraction: Extraction) -> None:

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rtl_kernels as rk
+from rtl import checkpoint
 from rtl.errors import InputError
 from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, set_rate, split, step
 from rtl.partition import Partition
 from rtl.run import Artefact, Run
 from rtl.tickets import TicketMasks, TicketNetwork
+
+CHECKPOINT = "checkpoint"  # their name in the run
 
 
 def retrain(
@@ -63,8 +65,8 @@ def retrain(
 
     def train() -> Artefact:
         optimizer = new_optimizer(net, fit)
-        reached = _resume(run, net, optimizer, fit.epochs)
-        samples, seconds, losses = reached["samples"], reached["seconds"], reached["losses"]
+        info = checkpoint.resume(run, CHECKPOINT, fit.epochs, net, optimizer)[1].info
+        samples, seconds, losses = info.get("samples", 0), info.get("seconds", 0.0), list(info.get("losses", []))
         began = saved = time.perf_counter()
         net.train()
         label = f"{len(subsets)} tickets" if len(subsets) > 1 else tickets.names[0]
@@ -86,7 +88,7 @@ def retrain(
                 if time.perf_counter() - saved >= checkpoint_seconds and epoch + 1 < fit.epochs:
                     saved = time.perf_counter()
                     info = {"samples": samples, "seconds": seconds + saved - began, "losses": losses}
-                    _checkpoint(run, net, optimizer, info)
+                    checkpoint.save(run, CHECKPOINT, epoch + 1, net, optimizer, info)
         result = net
         if recalibrated:
             result = _converted(model, tickets, "per_ticket", False)
@@ -98,8 +100,7 @@ def retrain(
         return Artefact(result.model.state_dict(), info)
 
     done = run.stage("network", train)
-    for epoch in range(fit.epochs):
-        run.discard(_checkpoint_key(epoch))
+    checkpoint.discard(run, CHECKPOINT, fit.epochs)
     if recalibrated:
         net = _converted(model, tickets, "per_ticket", False)
     net.model.load_state_dict(done.tensors)
@@ -163,34 +164,3 @@ def _recalibrate(net: rk.nn.RoutedModel, parts: Partition, batches: Iterator[Bat
         net(parts.data.batch(torch.cat([index for _, _, index in batch]))[0], masks)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-
-
-def _checkpoint_key(epochs: int) -> str:
-    return f"checkpoint-{epochs:04d}"
-
-
-def _checkpoint(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, info: Mapping[str, Any]) -> None:
-    """Save all that the next epoch needs, then drop the checkpoint before."""
-    tensors: dict[str, Tensor] = {f"net/{name}": t for name, t in net.state_dict().items()}
-    for parameter, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{parameter}/{key}": torch.as_tensor(value) for key, value in entries.items()}
-    epochs = len(info["losses"])
-    run.save(_checkpoint_key(epochs), Artefact(tensors, info))
-    for older in range(epochs):
-        run.discard(_checkpoint_key(older))
-
-
-def _resume(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> dict[str, Any]:
-    """Continue from the newest checkpoint; what was reached so far, empty without one."""
-    found = [epoch for epoch in range(epochs) if run.done(_checkpoint_key(epoch))]
-    if not found:
-        return {"samples": 0, "seconds": 0.0, "losses": []}
-    saved = run.load(_checkpoint_key(found[-1]))
-    net.load_state_dict({name[4:]: t for name, t in saved.tensors.items() if name.startswith("net/")})
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in saved.tensors.items():
-        if name.startswith("optimizer/"):
-            _, parameter, key = name.split("/")
-            entries.setdefault(int(parameter), {})[key] = tensor
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    return dict(saved.info)

@@ -1,6 +1,7 @@
 """rtl.extract: Algorithm 1 — exact, nested, rewound, resumable, and the same however it is run."""
 
 import dataclasses
+import json
 import shutil
 import sys
 from itertools import pairwise
@@ -349,6 +350,45 @@ def test_interrupted_inside_a_round_it_resumes_to_the_same_masks_and_does_not_re
     assert count[0] == 17 + 90 - 10
     one, two = tree(whole_run.path), tree(run.path)
     assert all(one[name] == two[name] for name in one if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize("number", [4, 20, 72])
+def test_interrupted_inside_a_long_round_it_goes_on_after_its_last_epoch_to_the_same_bits(
+    tmp_path, monkeypatch, number
+):
+    parts, plan = by_label(images()), PrunePlan(60, 0.5, (0.25, 0.5))
+    fit = Fit(epochs=4, batch_size=16, lr=0.01, augment="crop_flip")  # of 3 batches; drawn from the global generator
+    whole_run, run = quiet(tmp_path / "whole"), quiet(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(rtl.checkpoint, "save", lambda *_: pytest.fail("a short round leaves no checkpoints"))
+        extract(seeded(TinyConv), parts, plan, fit, whole_run)
+    original, count = module.step, [0]
+
+    def step(*arguments):
+        count[0] += 1
+        if count[0] == number:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "step", step)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        extract(seeded(TinyConv), parts, plan, fit, run)
+    assert len(list(run.path.rglob("checkpoint-*.json"))) == 1
+    extract(seeded(TinyConv), parts, plan, fit, run)
+    assert count[0] == number + 2 * 3 * 4 * 3 - 3 * ((number - 1) // 3)  # of all rounds no finished epoch again
+    one, two = tree(whole_run.path), tree(run.path)
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.endswith(".safetensors"):
+            assert one[name] == two[name], name
+    infos = [
+        {str(f.relative_to(r.path)): json.loads(f.read_text())["info"] for f in r.path.rglob("round-*.json")}
+        for r in (whole_run, run)
+    ]
+    for name, info in infos[0].items():
+        assert info | {"seconds": 0} == infos[1][name] | {"seconds": 0}
+        assert infos[1][name]["seconds"] > 0
 
 
 @pytest.mark.parametrize(

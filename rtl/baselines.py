@@ -2,6 +2,21 @@
 
 All start at the same θ0. Pruning methods are presented with the same number of samples: a multi-class network has no
 negatives, so it trains twice the epochs of the one-vs-rest tickets. Dense has no rounds, only their last training.
+
+`rtl run` compares with all of them. Beside tickets of your own (see README), each in a folder of its own of the run:
+
+    whole_fit = dataclasses.replace(fit, epochs=2 * fit.epochs, task=rtl.tasks.MultiClass(), batch_norm="shared")
+    own = run.child("imp_single")
+    masks = rtl.baselines.imp_single(model, parts, plan, whole_fit, own).at(0.75)
+    single = rtl.retrain(model, masks, rtl.partition.whole(parts.data), whole_fit, own)
+
+    own = run.child("imp_multiple")
+    multiple = [
+        rtl.baselines.imp_multiple(model, tickets.at(0.75), parts, fit, own, name) for name in tickets.names
+    ]
+    dense = rtl.baselines.dense(model, parts, whole_fit, run.child("dense"))
+    for network in (single, multiple, dense):
+        print(rtl.evaluate(network, test).metrics)
 """
 
 from __future__ import annotations

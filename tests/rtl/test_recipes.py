@@ -1,10 +1,12 @@
 """rtl.recipes and rtl.baselines: one θ0, equal numbers of samples, masks shared by IMP multiple and nothing else."""
 
+import ast
 import dataclasses
 import io
 import json
 import math
 import os
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,18 @@ def test_dense_keeps_every_weight(tmp_path):
     assert net.sparsity == 0
     assert net.samples == 2 * 120
     assert evaluate(net, parts.data).metrics["accuracy"] > 0.4
+
+
+def test_the_example_of_comparing_with_them_runs_as_written(tmp_path, capsys):
+    parts, run, fit = by_label(blobs()), quiet(tmp_path), Fit(epochs=1, batch_size=16, lr=0.02)
+    tickets = extract(mlp(), parts, PLAN, fit, run)
+    names = {"rtl": rtl, "dataclasses": dataclasses, "model": mlp(), "parts": parts, "plan": PLAN, "fit": fit}
+    example = textwrap.dedent("\n".join(line for line in baselines.__doc__.splitlines() if line.startswith("    ")))
+    exec(example, names | {"run": run, "tickets": tickets, "test": parts.data})
+    found = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 3
+    assert all(metrics["accuracy"] > 0.4 for metrics in found)
+    assert {f.name for f in tmp_path.iterdir()} == {"extract", "imp_single", "imp_multiple", "dense"}
 
 
 # The recipes

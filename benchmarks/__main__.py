@@ -36,7 +36,8 @@ REDUCED_SECONDS = 1.0
 
 _DESCRIPTION = """Times of the masked operators and of whole networks, and of everything else a mixed batch can be
 computed with, in units of the dense layer. Contenders of a case run in turn, after each was checked against float64;
-all under the same threads and allocator settings. An interrupted run goes on where it was.
+all under the same threads and allocator settings. An interrupted run goes on where it was; results are written after
+each case, as unfinished.
 """
 _EXAMPLE = """example:
   $ python -m benchmarks --reduced                     # what `make bench` runs: under ten minutes
@@ -184,19 +185,23 @@ def _what(name: str) -> str:
 
 
 def measure(options: argparse.Namespace, command: str) -> None:
-    """Run all stages, print the table, and keep the results if asked to."""
+    """Run all stages, print the table, and keep the results if asked to, after each stage."""
     todo = list(stages(options))
+    if not todo:
+        raise InputError(f"case is {options.case}, of which --reduced measures none in mode {', '.join(options.mode)}")
     state = state_of_code()
     reports: dict[str, list[dict[str, Any]]] = {}
     with Progress().task("benchmarks", len(todo)) as progress:
-        for stage in todo:
+        for number, stage in enumerate(todo, 1):
             report = run(stage, place(stage, state))
             reports.setdefault(f"{SUITES[stage.case]}-{stage.settings.threads}", []).append(report)
+            merged = {name: merge(parts) for name, parts in reports.items()}
+            unfinished = f"{number} of {len(todo)} cases are measured" if number < len(todo) else None
+            peaks = "measured at the end" if unfinished else roofline.measure()
+            summary = summarise(merged.values(), command, peaks, unfinished)
+            if options.out is not None:
+                write_results(options.out, merged, summary)
             progress.advance(note=stage.label)
-    merged = {name: merge(parts) for name, parts in reports.items()}
-    summary = summarise(merged.values(), command, roofline.measure())
-    if options.out is not None:
-        write_results(options.out, merged, summary)
     for stage in todo:
         place(stage, state).unlink(missing_ok=True)
     show(summary)

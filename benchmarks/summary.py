@@ -31,18 +31,22 @@ _EXAMPLE = """example:
   writes the table of benchmarks/results/summary.json between its marks in README.md"""
 
 
-def summarise(reports: Iterable[Report], command: str, peaks: Mapping[str, Any] | str) -> dict[str, Any]:
+def summarise(
+    reports: Iterable[Report], command: str, peaks: Mapping[str, Any] | str, unfinished: str | None = None
+) -> dict[str, Any]:
     """One row a measurement: its median over dense's median of the same interleaved rounds.
 
     Args:
         reports: pytest-benchmark's JSON, with extra_info as harness.measure leaves it.
         command: what made them.
         peaks: what roofline.measure gave, or why there is nothing.
+        unfinished: what is missing, while the measurement goes on.
 
     Returns:
         {"rows": [{"case", "sparsity", "threads", "contender", "mode", "ratio_to_dense", "low", "high", "seconds"}],
         "skipped": [{"case", "sparsity", "threads", "contender", "mode", "reason"}], "command", "date", "environment",
-        "commit", "peaks"}; low and high are quartiles of the contender's times over dense's median.
+        "commit", "peaks"}, and "unfinished" where it is; low and high are quartiles of the contender's times over
+        dense's median.
     """
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
@@ -59,7 +63,7 @@ def summarise(reports: Iterable[Report], command: str, peaks: Mapping[str, Any] 
                 }
                 rows.append({**where, "contender": name, **ratios, "seconds": float(f"{timing['median']:.4g}")})
             skipped += [{**where, "contender": name, "reason": reason} for name, reason in info["skipped"].items()]
-    return {
+    return ({} if unfinished is None else {"unfinished": unfinished}) | {
         "command": command,
         "date": reports[0]["datetime"][:10],
         "environment": {key: value for key, value in reports[0]["machine_info"].items() if key != "threads"},
@@ -155,6 +159,8 @@ def section(summary: Mapping[str, Any]) -> str:
         f"{environment['cores']} cores), torch {environment['torch']}, Python {environment['python']}:\n\n"
         f"{markdown(table(summary))}"
     )
+    if "unfinished" in summary:
+        text = f"**Unfinished: {summary['unfinished']}.** {text}"
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in summary["skipped"]:
         cases = reasons.setdefault((row["contender"], row["reason"]), [])
@@ -177,7 +183,8 @@ def show(summary: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     head, *lines = table(summary)
-    shown = Table(caption=f"{summary['command']}: times over dense's; {summary['date']}")
+    unfinished = f"; unfinished: {summary['unfinished']}" if "unfinished" in summary else ""
+    shown = Table(caption=f"{summary['command']}: times over dense's; {summary['date']}{unfinished}")
     for number, name in enumerate(head):
         shown.add_column(name, justify="left" if number in (0, 1, len(head) - 1) else "right")
     for line in lines:

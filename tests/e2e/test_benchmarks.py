@@ -303,6 +303,7 @@ def test_cases_without_a_chosen_sparsity_are_left_out():
         (["--case", "nothing like it"], "case is ['nothing like it'], but the cases are"),
         (["--sparsity", "0.3"], "sparsity is [0.3], which none"),
         (["--threads", "0"], "threads is 0"),
+        (["--reduced", "--case", "depthwise", "--mode", "training"], "of which --reduced measures none in mode train"),
         (["--seconds", "-1"], "seconds is -1"),
     ],
 )
@@ -349,6 +350,33 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert command.place(stage, "other code") != finished
     other = dataclasses.replace(stage, mode="training")
     assert command.place(other, "this code") != finished
+
+
+def test_results_are_there_after_each_case_and_unfinished_until_the_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "UNFINISHED", tmp_path / "unfinished")
+    monkeypatch.setattr(command.roofline, "measure", lambda: PEAKS)
+    failing = ["linear 1024, 128→128, K8"]
+
+    def run(stage, finished):
+        if stage.case in failing:
+            raise RuntimeError("it is wrong")
+        return report({"ours": 0.5}, cases=[stage.case])
+
+    monkeypatch.setattr(command, "run", run)
+    arguments = ["--case", "linear 256", "--case", "linear 1024", "--mode", "inference", "--out", str(tmp_path / "out")]
+    assert command.main(arguments) == 1
+    result = summary.read_summary(tmp_path / "out")
+    assert result["unfinished"] == "1 of 2 cases are measured"
+    assert {row["case"] for row in result["rows"]} == {"linear 256, 512→512, K8"}
+    assert summary.section(result).startswith("**Unfinished: 1 of 2 cases are measured.** `python -m benchmarks ")
+    failing.clear()
+    capsys.readouterr()
+    assert command.main(arguments) == 0
+    result = summary.read_summary(tmp_path / "out")
+    assert "unfinished" not in result
+    assert result["peaks"] == PEAKS
+    assert len({row["case"] for row in result["rows"]}) == 2
+    assert capsys.readouterr().out == summary.section(result)
 
 
 def test_a_failed_measurement_fails_the_run(tmp_path, monkeypatch, capsys):

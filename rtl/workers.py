@@ -211,7 +211,7 @@ class _Pickler(pickle.Pickler):
     def __init__(self, stream: IO[bytes], file: IO[bytes]) -> None:
         super().__init__(stream)
         self._file = file
-        self._places: dict[tuple[Any, ...], int] = {}
+        self._places: dict[tuple[Any, ...], tuple[int, Tensor]] = {}  # tensors, so that no other takes their memory
 
     def persistent_id(self, value: Any) -> Any:
         if type(value) is not Tensor or value.requires_grad or value.device.type != "cpu":
@@ -220,10 +220,11 @@ class _Pickler(pickle.Pickler):
             return None
         content = value.data_ptr(), value.dtype, tuple(value.shape)
         if content not in self._places:
-            self._places[content] = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-            self._file.seek(self._places[content])
+            offset = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+            self._places[content] = offset, value
+            self._file.seek(offset)
             self._file.write(value.flatten().view(torch.uint8).numpy())
-        return self._places[content], value.nbytes, *content[1:]
+        return self._places[content][0], value.nbytes, *content[1:]
 
 
 class _Unpickler(pickle.Unpickler):

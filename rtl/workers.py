@@ -223,7 +223,7 @@ class _Pickler(pickle.Pickler):
             offset = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
             self._places[content] = offset, value
             self._file.seek(offset)
-            self._file.write(value.flatten().view(torch.uint8).numpy())
+            self._file.write(value.flatten().view(torch.uint8).numpy().data)
         return self._places[content][0], value.nbytes, *content[1:]
 
 

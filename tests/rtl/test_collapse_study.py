@@ -95,6 +95,7 @@ def test_seeds_run_by_themselves_are_added_to_the_results_and_take_the_place_of_
     monkeypatch.setattr(study, "run", run)
     monkeypatch.setattr(study, "draw", lambda *_: None)
     monkeypatch.setattr(study, "aligned", lambda *_: [])
+    monkeypatch.setattr(study, "sensitivity", lambda _: {})
     options = ["--data", str(tmp_path), "--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
     assert study.main(["cifar10", "--seeds", "2", "1", *options]) == 0
     new, old = json.loads((tmp_path / "details.json").read_text())["records"], committed("details")["records"]

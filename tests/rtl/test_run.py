@@ -553,22 +553,38 @@ def test_workers_hold_no_copies_of_large_tensors(run):
 
 
 def scribble(tensors, run, item):
-    before = [t.clone() for t in tensors]
-    for t in tensors:
-        t.zero_()
-    return before
+    """What arrived: in the second process, after the first has written to all of it."""
+    reading, written = run.path / "reading", run.path / "written"
+    if item == 0:
+        before = [t.clone() for t in tensors]
+        wait_for(reading)
+        for t in tensors:
+            t.zero_()
+        written.touch()
+        return before
+    reading.touch()
+    wait_for(written)
+    return tensors
 
 
-def test_large_tensors_of_any_kind_arrive_whole_and_are_nobody_elses_to_change(run):
+def wait_for(file):
+    end = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_large_tensors_of_any_kind_arrive_whole_and_are_each_process_own_to_change(run):
     base = torch.randn(3, 1 << 19)
     kinds = [base, base[1:], base.T, base.bfloat16(), base > 0, base[0, :1000], (base * 100).to(torch.int64)]
     assert sum(t.nbytes >= rtl.workers.MAPPED_BYTES for t in kinds) == 6
     kept = [t.clone() for t in kinds]
-    first, _ = run.map(functools.partial(scribble, kinds), [0, 1], label="w")
-    for found, other, expected in zip(first, kinds, kept, strict=True):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
-        assert torch.equal(other, expected)
+    run.path.mkdir()
+    first, second = run.map(functools.partial(scribble, kinds), [0, 1], label="w")
+    for *found, expected in zip(first, second, kinds, kept, strict=True):
+        for tensor in found:
+            assert tensor.dtype == expected.dtype
+            assert torch.equal(tensor, expected)
 
 
 def allocator(run, item):

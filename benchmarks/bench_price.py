@@ -38,6 +38,7 @@ import os
 import shlex
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -63,7 +64,7 @@ from rtl.report import environment, markdown
 from rtl.retrain import presented, retrain, schedule
 from rtl.run import Run, write_atomically
 from rtl.tickets import TicketNetwork, Tickets
-from rtl.workers import ALLOCATOR, environment_variables
+from rtl.workers import ALLOCATOR, environment_variables, exit_with_parent
 
 CONTENDERS = ("rtl", "rtl_batched", "imp_single", "dense_loop", "dense_workers", "dense_imp_single")
 # Training samples a second and core, as once measured on two cores with AVX-512: for the plan's seconds alone.
@@ -280,6 +281,7 @@ def measure_apart(name: str, config: Classification, root: Path | None, workers:
 
 
 def _measure_loaded(name: str, config: Classification, root: Path | None, workers: int, quiet: bool) -> dict[str, Any]:
+    threading.Thread(target=exit_with_parent, daemon=True).start()  # what measures must not outlive who asked for it
     return measure(name, config, *load(config, root), workers, quiet)
 
 

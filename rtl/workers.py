@@ -136,7 +136,7 @@ def _work(pipe: Connection, head: bytes, file: int, folder: str) -> None:
     """What a worker process does: one item after another until the parent closes the pipe."""
     global _progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.chdir(folder)
     sending = threading.Lock()
@@ -176,7 +176,8 @@ def _answer(run: Run, function: Callable[[Run, T], R], label: str, position: int
     return _pickled(("result", position, result), f"the result for items[{position}] is a {type(result).__name__}")
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
+    """Wait for the process that started this one to end, and end this one too."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -53,6 +53,14 @@ class Reads {
   std::vector<uint32_t> inside_;
 };
 
+// body(t, tap) for each of phase 0's taps t that a mask's words, or null, keep of a depthwise layer's channel.
+template <class Body>
+void each_kept_tap(const Plan& plan, const uint32_t* words, int64_t row_words, int64_t channel, const Body& body) {
+  const std::vector<int64_t>& taps = plan.phases[0].taps;
+  for (size_t t = 0; t < taps.size(); ++t)
+    if (!words || words[channel * row_words + taps[t] / 32] >> (taps[t] % 32) & 1) body(t, taps[t]);
+}
+
 // What every channel keeps of its filter.
 template <class T>
 struct FlatTaps {
@@ -61,16 +69,13 @@ struct FlatTaps {
 
   // `words` of a mask, or null; weights are taken from `weight`, or null, times `scale`, or null.
   void keep(const Plan& plan, const Reads& reads, const uint32_t* words, int64_t row_words, const T* weight, const T* scale) {
-    const Phase& phase = plan.phases[0];
     taps.clear();
     first.assign(1, 0);
     for (int64_t g = 0; g < plan.groups; ++g) {
-      for (size_t t = 0; t < phase.taps.size(); ++t) {
-        const int64_t tap = phase.taps[t];
-        if (words && !(words[g * row_words + tap / 32] >> (tap % 32) & 1)) continue;
+      each_kept_tap(plan, words, row_words, g, [&](size_t t, int64_t tap) {
         const T value = weight ? weight[g * plan.group_weights() + tap] * (scale ? scale[g] : T(1)) : T(0);
         taps.push_back({reads.inside(t), reads.at(t), tap, value});
-      }
+      });
       first.push_back(int64_t(taps.size()));
     }
   }

@@ -476,16 +476,12 @@ class Runner {
         taps_.assign(1, 0);
         values_.clear();
         at_.clear();
-        const uint32_t* words = job_.words(segment);
-        const Phase& phase = plan_.phases[0];
         const T* scale = job_.after(segment, 0).scale;
         for (int64_t g = 0; g < plan_.groups; ++g) {
-          for (size_t t = 0; t < phase.taps.size(); ++t) {
-            const int64_t tap = phase.taps[t];
-            if (words && !(words[g * job_.masks_.row_words + tap / 32] >> (tap % 32) & 1)) continue;
+          each_kept_tap(plan_, job_.words(segment), job_.masks_.row_words, g, [&](size_t t, int64_t tap) {
             values_.push_back(job_.weight(segment, g)[tap] * (scale ? scale[g] : T(1)));
             at_.push_back(tables_[0][t].x);
-          }
+          });
           taps_.push_back(int64_t(values_.size()));
         }
       }

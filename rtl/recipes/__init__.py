@@ -93,6 +93,8 @@ def cifar10_switches(protocol: str = "quick") -> Classification:
             "start=extracted",
             "scope=layer",
             "trained=dense",
+            "init=torch",
+            "lr=0.001",
             "round_epochs=3",
             "round_epochs=10",
         ),

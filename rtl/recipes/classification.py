@@ -36,7 +36,7 @@ from rtl.tensorboard import Board
 from rtl.tickets import TicketMasks, TicketNetwork, Tickets
 
 _DATA = ("dataset", "model", "train_files", "holdout")
-_TRAINING = (*_DATA, "retrain_epochs", "batch_size", "lr", "lr_schedule", "augment")
+_TRAINING = (*_DATA, "init", "retrain_epochs", "batch_size", "lr", "lr_schedule", "augment")
 _PRUNING = ("milestones", "remove", "round_epochs", "scope", "trained")
 # The settings that a method's result depends on.
 DEPENDS_ON: dict[Method, tuple[str, ...]] = {
@@ -58,6 +58,8 @@ class Classification:
         protocol: "paper", "quick" (rounds of one epoch) or "reduced" (less data too).
         dataset: "digits", "cifar10", or "cifar100" with the paper's eight clusters for classes.
         model: a network of `rtl.models`.
+        init: θ0. "kaiming": N(0, 2 / fan-in), as `rtl.models` draws it. "torch": convolutions and linear layers as
+            torch draws them, uniform with a variance of 1 / (3 fan-in), a sixth.
         train_files: how many of the data's training files are read (CIFAR has five); None: all.
         seeds: one whole experiment each.
         methods: what is compared.
@@ -93,6 +95,7 @@ class Classification:
     batch_size: int
     lr: float
     milestones: tuple[float, ...] = ()
+    init: Literal["kaiming", "torch"] = "kaiming"
     schedule: Literal["sequential", "mixed"] = "sequential"
     batch_norm: Literal["per_ticket", "shared", "recalibrated"] = "per_ticket"
     masked: Literal["update", "gradient"] = "update"
@@ -110,6 +113,8 @@ class Classification:
         check_choices(self)
         if not 0 <= self.holdout <= 0.5:
             raise InputError(f"holdout is {self.holdout}, expected a fraction from 0 to 0.5")
+        if self.init not in ("kaiming", "torch"):
+            raise InputError(f"init is {self.init!r}, expected 'kaiming' or 'torch'")
         if self.start not in ("theta0", "extracted"):
             raise InputError(f"start is {self.start!r}, expected 'theta0' or 'extracted'")
         if self.start == "extracted" and self.stop_on_collapse:
@@ -234,6 +239,10 @@ def new_model(config: Classification, data: Data, run: Run) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed_for("theta0"))
         model: nn.Module = getattr(rtl.models, config.model)(len(data.class_names), data.inputs.shape[1])
+        if config.init == "torch":
+            for module in model.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.reset_parameters()
     return model
 
 
@@ -394,9 +403,9 @@ def _jobs(config: Classification, run: Run, train: Data) -> list[_Job]:
     extractions: dict[tuple[str, int, Method], Extraction] = {}
     for seed in config.seeds:
         one = run.child(f"seed-{seed}", seed)
-        model = new_model(config, train, one)
         for switch in ("", *config.switches):
             variant = config.switched(switch) if switch else config
+            model = new_model(variant, train, one)
             every = presented(parts, list(range(len(parts))), variant.fit("rtl", 1))
             budget = {k: variant.retrain_epochs * samples for k, samples in every.items()}
             for method in config.methods:

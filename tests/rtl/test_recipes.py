@@ -163,6 +163,7 @@ def test_an_unknown_recipe_or_protocol_is_refused(name, protocol, message):
         ({"switches": ("seeds=3",)}, "switches holds 'seeds=3', expected NAME=VALUE"),
         ({"switches": ("model=ghostnet",)}, "switches holds 'model=ghostnet', expected NAME=VALUE"),
         ({"switches": ("schedule=mixd",)}, "schedule is 'mixd'"),
+        ({"init": "xavier"}, "init is 'xavier', expected 'kaiming' or 'torch'"),
         ({"switches": ("lr=fast",)}, "switches holds 'lr=fast', but lr is a number"),
         ({"switches": ("schedule=sequential",)}, "which schedule is anyway"),
         ({"switches": ("lr=2e-3",)}, "which lr is anyway"),
@@ -520,7 +521,7 @@ def unequal(tmp_path_factory):
     chosen = torch.cat([(train.targets == k).nonzero().flatten()[: 20 + 40 * k] for k in range(3)])
     train, test = train.select(chosen), test.select((test.targets < 3).nonzero().flatten())
     data = [dataclasses.replace(d, class_names=("0", "1", "2")) for d in (train, test)]
-    switches = ("schedule=mixed", "batch_norm=shared", "trained=dense", "start=extracted", "lr=0.01")
+    switches = ("schedule=mixed", "batch_norm=shared", "trained=dense", "start=extracted", "lr=0.01", "init=torch")
     base = dataclasses.replace(
         SMALL, seeds=(0,), sparsities=(0.5,), remove=0.3
     )  # two rounds: the first is dense anyway
@@ -534,9 +535,9 @@ def test_switches_are_rows_of_their_own_for_the_methods_they_matter_to(unequal):
     found = [(r["method"], r["variant"].removeprefix(base_variant).strip(",")) for r in unequal[3][0]]
     changed = [r["variant"] for r in unequal[3][0]]
     assert len(set(zip([m for m, _ in found], changed, strict=True))) == len(found)
-    assert len([m for m, _ in found if m == "rtl"]) == 6
-    assert len([m for m, _ in found if m == "imp_single"]) == 4  # of batch norm and schedule it has no choice
-    assert len([m for m, _ in found if m == "imp_multiple"]) == 5
+    assert len([m for m, _ in found if m == "rtl"]) == 7
+    assert len([m for m, _ in found if m == "imp_single"]) == 5  # of batch norm and schedule it has no choice
+    assert len([m for m, _ in found if m == "imp_multiple"]) == 6
     assert any("trained=dense" in v for v in changed)
     assert changed[0] == own
 
@@ -546,14 +547,14 @@ def test_switches_that_leave_masks_alone_share_them_and_change_the_result(unequa
     assert {p.parent.parent.relative_to(folder).parts for p in folder.glob("**/extract/config.json")} == {
         ("rtl",),
         ("imp_single",),
-        *((switch, method) for switch in ("trained=dense", "lr=0.01") for method in ("rtl", "imp_single")),
+        *((switch, m) for switch in ("trained=dense", "lr=0.01", "init=torch") for m in ("rtl", "imp_single")),
     }
     rows = {(r["method"], r["variant"]): r for r in unequal[3][0]}
     base = rows["rtl", unequal[2].variant("rtl")]
     for (method, variant), row in rows.items():
         if method == "rtl" and row is not base:
             assert row["metrics"] != base["metrics"], variant
-            same = "trained" not in variant and "lr" not in variant
+            same = not any(name in variant for name in ("trained", "lr", "init"))
             assert (row["metrics"]["similarity"] == base["metrics"]["similarity"]) == same
 
 

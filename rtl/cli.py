@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from rtl.errors import InputError
+from rtl.workers import keep_freed_memory
 
 _DESCRIPTION = """Tickets for the subsets of your data, over one set of shared weights.
 
@@ -32,6 +33,8 @@ example: rtl run digits --seeds 0 1 --out runs/two-seeds
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0; 1 if a worker died; 2 for bad input; 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # the process is the command's own
+        keep_freed_memory()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

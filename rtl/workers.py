@@ -7,6 +7,7 @@ concurrent.futures neither stops running work nor says how a worker died.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
 import multiprocessing
@@ -41,6 +42,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
 }
+_MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_MAX_": -4}  # their numbers in malloc.h
 MAPPED_BYTES = 1 << 20  # a tensor as large as this is not copied into every worker
 
 _progress: Progress | None = None  # set in a worker process
@@ -73,8 +75,20 @@ class _WorkerTraceback(Exception):  # noqa: N818 (it is shown as a cause, never 
         return f"\n{self.args[0]}"
 
 
+def allocator() -> dict[str, str]:
+    """`ALLOCATOR`, or nothing where the environment has settings of its own."""
+    return {} if any(name.startswith("MALLOC_") for name in os.environ) else ALLOCATOR
+
+
+def keep_freed_memory() -> None:
+    """Give this process what workers start with (`ALLOCATOR`), if its C library is glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for name, value in allocator().items():
+            mallopt(_MALLOPT[name], min(int(value), 2**31 - 1))
+
+
 def map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[T], label: str, task: Task) -> list[R]:
-    allocator = {} if any(name.startswith("MALLOC_") for name in os.environ) else ALLOCATOR
     queue = [_pickled((i, item), f"items[{i}] is a {type(item).__name__}") for i, item in enumerate(items)][::-1]
     results: dict[int, R] = {}
     context = multiprocessing.get_context("spawn")
@@ -84,7 +98,7 @@ def map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[
     file = os.fdopen(os.memfd_create("rtl"), "w+b")  # gone when no process has it open any more
     try:
         head = _pickled_and_mapped((run, function, label), f"function is {function!r}", file)
-        with environment_variables(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", **allocator), _interrupts_held():
+        with environment_variables(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", **allocator()), _interrupts_held():
             for number in range(min(run.workers, len(items))):
                 ours, theirs = context.Pipe()
                 name = f"{label}-worker-{number}"

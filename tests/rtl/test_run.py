@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import random
 import re
 import signal
@@ -599,6 +600,26 @@ def test_workers_keep_freed_memory_unless_the_user_says_how(run, monkeypatch, ow
         monkeypatch.setenv(name, value)
     assert run.map(allocator, [0, 1], label="w") == [own or rtl.workers.ALLOCATOR] * 2
     assert allocator(run, 0) == own  # this process's are as they were
+
+
+FAULTS = """
+import resource, torch
+from rtl.workers import keep_freed_memory
+
+keep_freed_memory()
+torch.ones(16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_ARENA_MAX": "2"}])
+def test_a_process_can_keep_freed_memory_too(own):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | own
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, check=True, capture_output=True, text=True)
+    assert (int(done.stdout) < 16) == (not own)  # pages of the second tensor, 64 MiB, that had to be asked for
 
 
 def give_a_function(run, item):

@@ -49,7 +49,7 @@ def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> 
             axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set_title(title, fontsize=10)
         _sparsity_axis(axis)
-    axes[0].legend(fontsize=8)
+    _legend_below(figure, axes)
     return figure
 
 
@@ -199,7 +199,7 @@ def psnr_by_image(found: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set_xticks(range(len(images)), images, rotation=90, fontsize=7)
         axis.set_title(f"PSNR (dB) at {level:.0%} sparsity", fontsize=10)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8)
+    _legend_below(figure, axes)
     return figure
 
 
@@ -308,6 +308,14 @@ def save(figure: Figure, file: Path) -> None:
 def _figure(panels: int, width: float = 3.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     figure, axes = _grid(1, panels, width, height)
     return figure, axes[0]
+
+
+def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend of all panels' lines, under them: it hides none, and the figure grows by its height."""
+    lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    columns = max(1, int(figure.get_figwidth() / 2.4))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(lines) // columns))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:

@@ -60,8 +60,8 @@ def _networks(
 
 
 def cifar10(root: Path, kept: Path) -> Iterator[dict[str, Any]]:
-    """The tickets of results/cifar10."""
-    config: Any = recipe("cifar10")
+    """The tickets of results/cifar10, which are of the paper's protocol, by the centroids of all training images."""
+    config: Any = recipe("cifar10", "paper")
     train, test = load_data(config, root)
     for folder in sorted(kept.glob("tickets/*")):
         yield from _rows("CIFAR-10 by class", 0, TicketNetwork.from_pretrained(folder), by_label(train), test)
@@ -103,7 +103,8 @@ if __name__ == "__main__":
         *digits(Run(options.runs, workers=options.workers)),
         *cifar10(data_root(options.data), options.results / "cifar10"),
     ]
-    table = {"recipe": "routing", "command": "python -m benchmarks.routing", "environment": environment(), "rows": rows}
+    command = "python -m benchmarks.routing --data DIR"
+    table = {"recipe": "routing", "command": command, "environment": environment(), "rows": rows}
     folder = options.results / "routing"
     write_atomically(folder / "table.md", markdown(lines(rows)).encode())
     write_atomically(folder / "table.json", (json.dumps(table, indent=1) + "\n").encode())

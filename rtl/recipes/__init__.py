@@ -78,7 +78,8 @@ def cifar100(protocol: str = "quick") -> Classification:
 
 
 def cifar10_switches(protocol: str = "quick") -> Classification:
-    """CIFAR-10 at 50 % sparsity, each open choice of the method changed by itself; needs the images."""
+    """CIFAR-10 at 50 % sparsity, each open choice of the method changed by itself; needs the images. Rounds of ten
+    epochs are the recipe cifar10's protocol "paper"."""
     _one_of(protocol, "quick")
     return dataclasses.replace(
         cifar10(protocol),
@@ -96,7 +97,6 @@ def cifar10_switches(protocol: str = "quick") -> Classification:
             "init=torch",
             "lr=0.001",
             "round_epochs=3",
-            "round_epochs=10",
         ),
     )
 

@@ -40,7 +40,7 @@ from rtl.tasks import Enhancement
 
 HEARD: tuple[Method, ...] = ("rtl", "imp_single")  # in the examples
 _DATA = ("clip_seconds", "train_clips", "test_seconds", "test_clips", "snrs", "mix_seed")
-_TRAINING = (*_DATA, "retrain_epochs", "batch_size", "lr")
+_TRAINING = (*_DATA, "retrain_epochs", "batch_size", "lr", "lr_schedule")
 _PRUNING = ("milestones", "remove", "round_epochs")
 # The settings that a method's result depends on.
 DEPENDS_ON: dict[Method, tuple[str, ...]] = {
@@ -71,7 +71,7 @@ class Speech:
         remove: weights each round removes: a number, or a fraction of those that survive.
         round_epochs: epochs of a round of extraction, the same for every method: there are no negatives.
         retrain_epochs: likewise of retraining.
-        batch_size, lr, schedule, batch_norm: as in `rtl.Fit`.
+        batch_size, lr, schedule, batch_norm, lr_schedule: as in `rtl.Fit`.
     """
 
     recipe: str
@@ -93,6 +93,7 @@ class Speech:
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)  # both protocols'
     schedule: Literal["sequential", "mixed", "pooled"] = "sequential"
     batch_norm: Literal["per_ticket", "shared", "recalibrated"] = "per_ticket"
+    lr_schedule: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -125,6 +126,7 @@ class Speech:
             task=Enhancement(),
             schedule=self.schedule if method == "rtl" else "sequential",
             batch_norm=self.batch_norm if method in ("rtl", "imp_multiple") else "shared",
+            lr_schedule=self.lr_schedule,
         )
 
 

@@ -9,7 +9,8 @@ STAMP  := $(VENV)/.installed
 
 setup: $(STAMP)
 
-# torch is pinned here: a looser wish can download gigabytes of CUDA packages that a CPU has no use for.
+# torch is pinned: committed results and the reports of compiled code are of this version. README says how to get it
+# without the CUDA that PyPI's brings for x86-64.
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

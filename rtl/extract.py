@@ -125,7 +125,7 @@ def extract(
         run: where rounds are kept, and every `CHECKPOINT_SECONDS` what a round has reached (unless batched): calling
             again with the same arguments resumes.
         batched: train all tickets in one batch through untied weights, in this process, instead of one at a time in
-            `run.workers` processes. Masks agree up to rounding. For GPUs and very small models.
+            `run.workers` processes. Masks agree up to rounding. For very small models.
 
     Warns:
         CollapseWarning: similarity between the tickets says that some collapse (`rtl.diagnose(tickets).alarms`).

@@ -1,4 +1,4 @@
-"""How early the collapse alarm (`rtl.collapse`) warns: digits, CIFAR-10 and one image, from 10 to 98 % sparsity.
+"""How early the collapse alarm (`rtl.collapse`) warns: digits, CIFAR-10 and one image, to 98 or 99 % sparsity.
 
 Each experiment prunes 12 % of what is left a round, and retrains all tickets jointly after some of the rounds, which
 gives each ticket's performance there. What counts as a fall, and as a warning in time, is laid down in

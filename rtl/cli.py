@@ -31,7 +31,8 @@ example: rtl run digits --seeds 0 1 --out runs/two-seeds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0; 1 if a worker died; 2 for bad input; 130 if interrupted."""
+    """Run one command; returns the exit status: 0; 1 if a worker died; 2 for bad input; 130 if interrupted; 141 if
+    nobody reads what it prints."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # the process is the command's own
         keep_freed_memory()

@@ -29,8 +29,9 @@ from rtl.tickets import TicketNetwork
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: one number each, by the names of DESIGN's vocabulary; per_class: the same before the mean, for each
-    class, or for each subset of a task without classes.
+    """metrics: one number each. "accuracy", and "balanced_accuracy", "precision" and "recall" each with ".threshold" or
+    ".argmax" behind it; without classes the task's own (`Measured.metric`), such as "psnr". per_class: the same before
+    the mean, for each class, or for each subset of a task without classes.
     """
 
     metrics: dict[str, float]

@@ -27,7 +27,7 @@ LR_SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class Fit:
-    """Training, the same for every method (PAPER: Adam without weight decay).
+    """Training, the same for every method: by Adam without weight decay, as in the paper.
 
     Args:
         epochs: passes over each ticket's samples: in a round of extraction, or of joint retraining.

@@ -1,4 +1,4 @@
-"""Results as tables: rows of table.json (DESIGN's schema) to a summary over seeds, printed and as Markdown."""
+"""Results as tables: rows of table.json to a summary over seeds, printed and as Markdown."""
 
 from __future__ import annotations
 

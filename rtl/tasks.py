@@ -41,7 +41,7 @@ class Measured(Task, Protocol):
 
     @property
     def metric(self) -> str:
-        """The name of the figure, from DESIGN's vocabulary."""
+        """The name of the figure among `rtl.evaluate`'s metrics, such as "psnr"."""
 
     def measure(self, output: Tensor, target: Tensor) -> Tensor:
         """One number for each row, float (n,). `summary` turns its mean over any set of samples into the figure."""

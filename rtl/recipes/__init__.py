@@ -124,8 +124,8 @@ def cifar10_tuned(protocol: str = "quick") -> Classification:
 
 def inr(protocol: str = "reduced") -> Inr:
     """A picture from its pixels' coordinates, a ticket a region (the paper's experiment 3). Images: --image FILE
-    (with --mask FILE, or regions are found), a folder of images with masks (--data), or, without either, whatever
-    RTL_DATA names, scikit-learn's photographs."""
+    (with --mask FILE, or regions are found), a folder of images with masks (--data; RTL_DATA is not looked at), or,
+    without either, scikit-learn's photographs."""
     _one_of(protocol, "reduced", "paper")
     reduced = protocol == "reduced"
     return Inr(

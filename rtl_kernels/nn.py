@@ -515,8 +515,10 @@ def convert(
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
 
     Raises:
-        ValueError: nothing to mask is in scope, a glob matches no layer, a layer is masked already, or has
-            parametrisations or a shape not yet known; batch_norm is neither.
+        TypeError: scope is a string.
+        ValueError: num_masks < 1; nothing to mask is in scope, a glob matches no layer, a layer is masked already, or
+            has parametrisations or a shape not yet known; batch_norm is neither, or "per_ticket" with a batch norm that
+            is not an `nn.BatchNorm2d`.
     """
     if num_masks < 1:
         raise ValueError(f"num_masks is {num_masks}, expected at least 1")
@@ -604,6 +606,7 @@ def extract(net: RoutedModel, ticket: int) -> nn.Module:
 
     Raises:
         IndexError: unless 0 <= ticket < K.
+        TypeError: `net` is a fused copy.
     """
     _refuse_fused(net)
     if not 0 <= ticket < net.num_masks:

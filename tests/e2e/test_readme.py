@@ -24,10 +24,10 @@ def test_example_runs_as_written(number, tmp_path):
     assert done.stdout.strip()
 
 
-def test_there_is_an_example_of_each_package():
-    assert len(EXAMPLES) == 2
-    assert "import rtl\n" in EXAMPLES[0]
-    assert "import rtl_kernels" in EXAMPLES[1]
+def test_there_is_an_example_of_each_package_and_of_both_together():
+    assert len(EXAMPLES) == 3
+    assert ["import rtl\n" in example for example in EXAMPLES] == [True, True, False]
+    assert ["import rtl_kernels" in example for example in EXAMPLES] == [False, True, True]
 
 
 @pytest.mark.parametrize(("kind", "recipe", "text"), TABLES, ids=[f"{kind} {recipe}" for kind, recipe, _ in TABLES])

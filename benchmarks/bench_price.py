@@ -19,8 +19,8 @@ dense_imp_single  IMP single on plain PyTorch, torch's own threads on all cores:
 
 "seconds" are wall seconds from before the first worker starts to the last metric, "processor seconds" those of all
 threads and processes added up: a contender that leaves cores idle looks better by these. Both are shown in units of
-either IMP single's too. Ratios are to be read from one run. All contenders have the allocator settings that the package
-gives its workers (`rtl.workers.ALLOCATOR`), and the same optimiser (Adam, foreach).
+either IMP single's too. Ratios are to be read from one run. All contenders have the allocator settings that the command
+`rtl` and its workers have (`rtl.workers.ALLOCATOR`), and the same optimiser (Adam, foreach).
 
 The profile sorts one thread's time of the training loop and of evaluation (torch.profiler, steps of the recipe's batch
 size at 50 %) into data, forward, backward, optimiser, batch norm, and what Python does between operators.
@@ -271,10 +271,9 @@ def _processor_seconds() -> float:
 
 
 def measure_apart(name: str, config: Classification, root: Path | None, workers: int, quiet: bool) -> dict[str, Any]:
-    """`measure` in a process of its own, in which RTL finds what `rtl run` does; the others work in it themselves."""
-    settings = {} if name == "rtl" else ALLOCATOR
+    """`measure` in a process of its own, under the settings that the command `rtl` gives itself and its workers."""
     with (
-        environment_variables(**settings),
+        environment_variables(**ALLOCATOR),
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
     ):
         return pool.submit(_measure_loaded, name, config, root, workers, quiet).result()

@@ -45,6 +45,7 @@ def evaluate(
     per: Partition | None = None,
     batch_size: int | None = None,
     calibration: Calibration | None = None,
+    logits: Tensor | None = None,
 ) -> Evaluation:
     """Metrics of a network of tickets, or of several networks with one ticket each (IMP multiple), on test data.
 
@@ -58,6 +59,7 @@ def evaluate(
         batch_size: samples a forward pass sees. None: so many that all tickets together compute 512 rows, which stay in
             a processor's cache (for ten tickets that took half the time of 5,120 rows).
         calibration: of these networks' scores (`rtl.calibrate`), for classes; None: scores as they are.
+        logits: of one network of one-vs-rest tickets: its `ticket_logits` of these samples, if they are known.
 
     Raises:
         InputError: nothing to evaluate on, a label that no ticket stands for, or a task that is not known.
@@ -70,9 +72,9 @@ def evaluate(
     if len(data) == 0:
         raise InputError("test holds no samples")
     if isinstance(task, OneVsRest):
-        outputs = sorted(output for one in nets for output in one.outputs)
-        labels = _labels(data, index, outputs)
-        logits = _ticket_logits(nets, data, batch_size)
+        outputs = [output for one in nets for output in one.outputs]
+        labels = _labels(data, index, sorted(outputs))
+        logits = _ticket_logits(nets, data, batch_size) if logits is None else logits[:, np.argsort(outputs)]
         if calibration is None:
             return classification_metrics(logits.sigmoid().numpy(), labels, logits.numpy())
         return _calibrated(calibration, logits, labels)
@@ -115,7 +117,8 @@ def log_odds(net: TicketNetwork | Sequence[TicketNetwork], data: Data, *, batch_
     return _class_log_odds(predict(nets, data, batch_size))
 
 
-def _batches(data: Data, batch_size: int | None, tickets: int) -> Iterator[Tensor]:
+def batches(data: Data, batch_size: int | None, tickets: int) -> Iterator[Tensor]:
+    """Positions of samples to send through all tickets at once: see `evaluate` on batch_size."""
     yield from torch.arange(len(data)).split(batch_size or max(16, 512 // tickets))
 
 
@@ -136,18 +139,13 @@ def _ticket_logits(nets: Sequence[TicketNetwork], data: Data, batch_size: int | 
     return torch.cat([ticket_logits(one, data, batch_size) for one in nets], 1)[:, np.argsort(outputs)]
 
 
-def ticket_scores(net: TicketNetwork, data: Data, batch_size: int | None = None) -> Tensor:
-    """Every one-vs-rest ticket's score for every sample: probabilities (N, K) in the order of `net.names`."""
-    return ticket_logits(net, data, batch_size).sigmoid()
-
-
 @torch.no_grad()
 def ticket_logits(net: TicketNetwork, data: Data, batch_size: int | None = None) -> Tensor:
     """Every one-vs-rest ticket's logit for every sample, (N, K) in the order of `net.names`."""
     net.eval()
     outputs = torch.tensor(net.outputs)
     parts = []
-    for index in _batches(data, batch_size, len(net.names)):
+    for index in batches(data, batch_size, len(net.names)):
         logits = net.every(data.batch(index)[0])  # (K, B, C)
         own = logits.gather(2, outputs[:, None, None].expand(-1, len(index), 1)).squeeze(2)
         parts.append(own.T)

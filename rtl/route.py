@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rtl.data import Data
 from rtl.errors import InputError
-from rtl.evaluate import ticket_logits, ticket_scores
+from rtl.evaluate import batches, ticket_logits
 from rtl.partition import ClusterRule, Features, Partition, features_of
 from rtl.run import write_atomically
 from rtl.tasks import TASKS, Measured, OneVsRest
@@ -81,12 +81,12 @@ class Router:
     centroids: Tensor | None = None
     features: Features | None = None
 
-    def scores(self, net: TicketNetwork, data: Data) -> Tensor:
-        """What is compared, before calibration: float64 (N, K), larger is better."""
+    def scores(self, net: TicketNetwork, data: Data, logits: Tensor | None = None) -> Tensor:
+        """What is compared, before calibration: float64 (N, K), larger is better; `logits` as in `confidence`."""
         if self.names != net.names:
             raise InputError(f"net has the tickets {', '.join(net.names)}, but the router {', '.join(self.names)}")
         if self.method == "confidence":
-            return confidence(net, data)
+            return confidence(net, data, logits)
         assert self.centroids is not None
         points = features_of(data, self.features)
         if points.shape[1] != self.centroids.shape[1]:
@@ -104,17 +104,18 @@ class Router:
         """Of scores (N, K): float64 (N, K), each row's sum 1."""
         return (self.scale * scores + self.bias).softmax(1)
 
-    def calibrated(self, net: TicketNetwork, held_out: Partition) -> Router:
+    def calibrated(self, net: TicketNetwork, held_out: Partition, logits: Tensor | None = None) -> Router:
         """The router with scale and bias fitted on samples that no ticket was trained on.
 
         Args:
             net: the tickets.
             held_out: `parts.apply(data)`; samples in no ticket's subset are left out.
+            logits: as in `confidence`.
 
         Raises:
             InputError: a ticket has no held-out sample.
         """
-        return self._fitted(self.scores(net, held_out.data), numbers(net, held_out.index))
+        return self._fitted(self.scores(net, held_out.data, logits), numbers(net, held_out.index))
 
     def _fitted(self, scores: Tensor, truth: Tensor) -> Router:
         scores, truth = scores[truth >= 0], truth[truth >= 0]
@@ -201,24 +202,27 @@ def by_confidence(net: TicketNetwork) -> Router:
 
 
 @torch.no_grad()
-def confidence(net: TicketNetwork, data: Data, batch_size: int = 512) -> Tensor:
-    """Every ticket's confidence in every sample, one pass for all tickets: float64 (N, K)."""
+def confidence(net: TicketNetwork, data: Data, logits: Tensor | None = None) -> Tensor:
+    """Every ticket's confidence in every sample, one pass for all tickets: float64 (N, K).
+
+    `logits`: `ticket_logits` of these one-vs-rest tickets and samples, if they are known.
+    """
     if net.task == "one_vs_rest":
-        return ticket_logits(net, data, batch_size).double()
+        return (ticket_logits(net, data) if logits is None else logits).double()
     net.eval()
     found = []
-    for index in torch.arange(len(data)).split(batch_size):
+    for index in batches(data, None, len(net.names)):
         found.append(net.every(data.batch(index)[0]).log_softmax(2).amax(2).T.double())  # (K, B, C) -> (B, K)
     return torch.cat(found)
 
 
 def compare(
-    net: TicketNetwork, routers: Sequence[Router], held_out: Partition, seed: int = 0
+    net: TicketNetwork, routers: Sequence[Router], held_out: Partition, seed: int = 0, logits: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
     """Each router beside the oracle, which routes every sample to its own subset's ticket.
 
     Two-fold: calibrated on one half of every ticket's samples in `held_out` (two or more), measured on the other, and
-    the other way round. Samples in no ticket's subset are left out.
+    the other way round. Samples in no ticket's subset are left out. `logits` as in `confidence`.
 
     Returns:
         By "oracle" and the routers' methods: "routing" (share of samples that get their own ticket), "calibration"
@@ -235,11 +239,13 @@ def compare(
     order = order[truth[order].sort(stable=True).indices]
     halves = order[::2], order[1::2]  # of every ticket's samples half
     rows = torch.cat(halves)
-    metric, values, summary = _task_values(net, held_out, truth)
+    if logits is None and net.task == "one_vs_rest":
+        logits = ticket_logits(net, data)
+    metric, values, summary = _task_values(net, held_out, truth, logits)
     own = summary(float(values[rows, truth[rows]].mean()))
     results = {"oracle": {"routing": 1.0, "calibration": 0.0, metric: own}}
     for router in routers:
-        scores = router.scores(net, data)
+        scores = router.scores(net, data, logits)
         ticket, probability = torch.empty_like(truth), torch.empty(len(truth), dtype=torch.float64)
         for fit_on, measure in (halves, halves[::-1]):
             fitted = router._fitted(scores[fit_on], truth[fit_on])
@@ -255,18 +261,19 @@ def compare(
 
 @torch.no_grad()
 def _task_values(
-    net: TicketNetwork, parts: Partition, truth: Tensor, batch_size: int = 512
+    net: TicketNetwork, parts: Partition, truth: Tensor, logits: Tensor | None
 ) -> tuple[str, Tensor, Callable[[float], float]]:
     """The end task's metric of every sample through every ticket, float64 (N, K), and what its mean is reported as."""
     task, data = TASKS.get(net.task), parts.data
     if task is None:
         raise InputError(f"net is of task {net.task!r}, expected one of {', '.join(TASKS)}")
     if isinstance(task, OneVsRest):
+        assert logits is not None
         own = torch.arange(len(net.names)) == truth[:, None]
-        return "accuracy", (own & (ticket_scores(net, data, batch_size) >= 0.5)).double(), float
+        return "accuracy", (own & (logits.sigmoid() >= 0.5)).double(), float
     net.eval()
     found = []
-    for index in torch.arange(len(data)).split(batch_size):
+    for index in batches(data, None, len(net.names)):
         output = net.every(data.batch(index)[0])  # (K, B, ...)
         if isinstance(task, Measured):
             outputs = zip(output, net.outputs, strict=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rtl.models
 from rtl import examples, route
@@ -22,7 +22,7 @@ from rtl.calibrate import calibrate
 from rtl.data import Data, cifar10, cifar100, data_root, digits
 from rtl.diagnose import similarity
 from rtl.errors import InputError
-from rtl.evaluate import evaluate, log_odds, ticket_scores
+from rtl.evaluate import evaluate, log_odds, ticket_logits
 from rtl.extract import Extraction, PrunePlan, extract_all
 from rtl.fit import Fit, masked_copy
 from rtl.partition import Partition, by_label, whole
@@ -433,44 +433,57 @@ def _retrain_and_evaluate(
 ) -> Artefact:
     job = jobs[number]
 
+    def networks() -> list[TicketNetwork]:
+        return job.networks(found[job.extraction].at(job.sparsity))
+
+    def score() -> Artefact:
+        return Artefact({"logits": ticket_logits(networks()[0], test)})
+
+    # All tickets on all samples, once for everything that is made of it.
+    logits = job.run.stage(job.key("scores"), score).tensors["logits"] if job.method == "rtl" else None
+
     def compute() -> Artefact:
-        networks = job.networks(found[job.extraction].at(job.sparsity))
-        nets = networks if job.method == "imp_multiple" else networks[0]
-        result, info = evaluate(nets, test), {}
+        own = networks()
+        nets = own if job.method == "imp_multiple" else own[0]
+        result, info = evaluate(nets, test, logits=logits), {}
         if held_out is not None:
             info["uncalibrated"] = result.metrics
-            result = evaluate(nets, test, calibration=calibrate(log_odds(nets, held_out), held_out.targets))
+            fitted = calibrate(log_odds(nets, held_out), held_out.targets)
+            result = evaluate(nets, test, calibration=fitted, logits=logits)
         return Artefact(
             info=info
             | {
                 "metrics": result.metrics,
                 "per_class": result.per_class,
-                "samples": sum(net.samples for net in networks),
-                "seconds": sum(net.seconds for net in networks),
-                "params": sum(net.params for net in networks),
-                "batch_norm_params": sum(net.batch_norm_params for net in networks),
+                "samples": sum(net.samples for net in own),
+                "seconds": sum(net.seconds for net in own),
+                "params": sum(net.params for net in own),
+                "batch_norm_params": sum(net.batch_norm_params for net in own),
             }
         )
 
-    def route_and_pick() -> Artefact:
+    def route_and_pick(logits: Tensor) -> Artefact:
         parts = job.extraction.parts
-        net, own = job.networks(found[job.extraction].at(job.sparsity))[0], parts.apply(test)
+        net, own = networks()[0], parts.apply(test)
         routers = [route.by_confidence(net), route.by_centroid(net, parts)]
-        chosen = examples.pick(net.names, ticket_scores(net, test), route.numbers(net, own.index))
+        chosen = examples.pick(net.names, logits.sigmoid(), route.numbers(net, own.index))
         return Artefact(
-            info={"routing": route.compare(net, routers, own), "examples": examples.with_pictures(chosen, test)}
+            info={
+                "routing": route.compare(net, routers, own, logits=logits),
+                "examples": examples.with_pictures(chosen, test),
+            }
         )
 
-    if job.method == "rtl":
-        job.run.stage(job.key("route"), route_and_pick)
+    if logits is not None:
+        job.run.stage(job.key("route"), functools.partial(route_and_pick, logits))
     return job.run.stage(job.key("evaluate"), compute)
 
 
 def _routers(job: _Job, test: Data, net: TicketNetwork) -> list[route.Router]:
     """Routers to use with a network of tickets, calibrated on all of the test set, which no ticket was trained on."""
-    parts = job.extraction.parts
+    parts, logits = job.extraction.parts, job.run.load(job.key("scores")).tensors["logits"]
     own = parts.apply(test)
-    return [r.calibrated(net, own) for r in (route.by_confidence(net), route.by_centroid(net, parts))]
+    return [r.calibrated(net, own, logits) for r in (route.by_confidence(net), route.by_centroid(net, parts))]
 
 
 def _row(job: _Job, tickets: Tickets, evaluation: Mapping[str, Any]) -> Row:

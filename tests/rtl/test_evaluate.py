@@ -9,7 +9,7 @@ from toys import TinyConv, identity_network, images, seeded
 import rtl_kernels as rk
 from rtl.data import Data
 from rtl.errors import InputError
-from rtl.evaluate import classification_metrics, evaluate, predict, ticket_scores
+from rtl.evaluate import classification_metrics, evaluate, predict, ticket_logits
 from rtl.fit import masked_copy
 from rtl.partition import LabelRule, Partition, by_label
 from rtl.tickets import TicketNetwork
@@ -226,7 +226,7 @@ def test_one_pass_of_all_tickets_scores_as_a_pass_for_each_ticket():
     tickets = TicketNetwork(net, ("c", "a", "b"), (2, 0, 1), "one_vs_rest", 0.5)
     tickets.train()
     data = images()
-    scores = ticket_scores(tickets, data, batch_size=20)
+    scores = ticket_logits(tickets, data, batch_size=20).sigmoid()
     assert not net.training  # scored in evaluation mode
     with torch.no_grad():
         for k, (name, output) in enumerate(zip(tickets.names, tickets.outputs, strict=True)):

@@ -19,7 +19,7 @@ from rtl import baselines, route
 from rtl.curve import Curve
 from rtl.data import digits
 from rtl.errors import InputError
-from rtl.evaluate import evaluate, ticket_scores
+from rtl.evaluate import evaluate, ticket_logits
 from rtl.extract import Extraction, PrunePlan, extract
 from rtl.fit import Fit, digest
 from rtl.partition import by_label, whole
@@ -408,7 +408,7 @@ def test_details_hold_every_seeds_routing_and_the_first_seeds_examples(experimen
     assert {(one["protocol"], one["variant"]) for one in details["routing"]} == {("quick", SMALL.variant("rtl"))}
     assert set(details["examples"]) == {"0.3", "0.5"}
     net = TicketNetwork.from_pretrained(run.path / "tickets" / "0.5")
-    scores = ticket_scores(net, test)
+    scores = ticket_logits(net, test).sigmoid()
     for one in details["examples"]["0.5"]:
         k = int(one["ticket"])
         assert one["score"] == pytest.approx(float(scores[one["sample"], k]), abs=1e-5)
@@ -605,6 +605,15 @@ def test_the_whole_run_is_announced_and_ends_complete(unequal, tmp_path):
     stream.truncate(0)
     run_classification(config, run, *data)  # everything is loaded
     assert [line for line in stream.getvalue().splitlines() if line.startswith("digits: finished 100.0%")]
+
+
+def test_tickets_score_the_test_set_once_for_all_that_is_made_of_it(unequal, tmp_path, monkeypatch):
+    _, data, base, _ = unequal
+    scored, every = [], TicketNetwork.every
+    monkeypatch.setattr(TicketNetwork, "every", lambda net, x: scored.append(len(x)) or every(net, x))
+    run = Run(tmp_path, workers=1, progress=Progress(quiet=True))
+    run_classification(dataclasses.replace(base, methods=("rtl",)), run, *data)
+    assert sum(scored) == len(data[1])
 
 
 # A few of the real images

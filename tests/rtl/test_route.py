@@ -16,7 +16,7 @@ from rtl import route
 from rtl.cli import main
 from rtl.data import Data
 from rtl.errors import InputError
-from rtl.evaluate import evaluate, ticket_scores
+from rtl.evaluate import evaluate, ticket_logits
 from rtl.extract import PrunePlan, extract
 from rtl.fit import Fit, masked_copy
 from rtl.partition import by_cluster, by_label, by_metadata
@@ -279,7 +279,7 @@ def test_files_are_routed_and_answered(digits_run, tmp_path, capsys, by):
     right = [row["ticket"] == str(int(label)) for row, label in zip(rows, test.targets[:40], strict=True)]
     assert sum(right) >= 34
     net = rtl.TicketNetwork.from_pretrained(digits_run / "tickets" / "0.5")
-    scores = ticket_scores(net, test.select(torch.arange(40)))
+    scores = ticket_logits(net, test.select(torch.arange(40))).sigmoid()
     for i, row in enumerate(rows[1:], 1):
         assert row["score"] == pytest.approx(float(scores[i, int(row["ticket"])]), abs=1e-5)
         assert row["answer"] == row["ticket"] if row["score"] >= 0.5 else f"not {row['ticket']}"

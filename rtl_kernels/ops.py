@@ -73,11 +73,18 @@ _SCHEMAS |= {
 OPERATIONS = tuple(_SCHEMAS)
 
 
-def define(operation: str, backend: str, implementation: Callable[..., Any] | None, keys: str | Sequence[str]) -> Any:
+def define(
+    operation: str,
+    backend: str,
+    implementation: Callable[..., Any] | None,
+    keys: str | Sequence[str],
+    *,
+    into: bool = True,
+) -> Any:
     """Register one backend's implementation of a raw operator under dispatch `keys`; returns the operator.
 
-    Without `implementation` a compiled library has registered it. With one of a forward operation, the operator that
-    writes into y is made from it.
+    Without `implementation` a compiled library has registered it. Of a forward operation the operator that writes into
+    y is made besides, unless the backend has one of its own: then `into` is False.
     """
     name = f"rtl_kernels::{operation}_{backend}"
     torch.library.define(name, _SCHEMAS[operation])
@@ -88,7 +95,7 @@ def define(operation: str, backend: str, implementation: Callable[..., Any] | No
     if operation.endswith("_into"):
         return operator
     _register_loop_vmap(name)
-    if implementation is not None and f"{operation}_into" in _SCHEMAS:
+    if into and f"{operation}_into" in _SCHEMAS:
         define(f"{operation}_into", backend, _into(operator, -1 if operation == "masked_linear" else 1), keys)
     return operator
 

@@ -41,7 +41,7 @@ def _load() -> str | None:
 unavailable = _load()
 if unavailable is None:
     for _operation in ops.OPERATIONS:
-        ops.define(_operation, name, None, "CPU")
+        ops.define(_operation, name, None, "CPU", into=False)
     torch.library.register_fake("rtl_kernels::cpu_scale_rows", lambda x, scale, shift, offsets: torch.empty_like(x))
     ops.group_rows = torch.ops.rtl_kernels.cpu_group_rows.default
 

@@ -17,6 +17,7 @@ import rtl_kernels as rk
 from rtl_kernels import functional, testing
 from rtl_kernels.fuse import FusedLayer, PointConv2d
 from rtl_kernels.nn import SubsetBatchNorm2d
+from rtl_kernels.ops import define
 
 K = 3
 INDEX = [2, 0, 1, 1, 2, 0, 2]
@@ -248,6 +249,21 @@ def test_the_operators_pass_opcheck(path, dtype, backend):
         torch.library.opcheck(
             operator, (example.x, example.weight, *groups, scale, shift, added, relu, y, *geometry(case))
         )
+
+
+@pytest.mark.parametrize("operation", ["linear", "conv2d", "conv_transpose2d"])
+def test_a_compiled_library_without_such_operators_is_given_them(operation):
+    """As the CUDA kernels', which a fused model's depthwise layers run on."""
+    define(f"masked_{operation}", "library", None, "CPU")
+    own = getattr(torch.ops.rtl_kernels, f"masked_{operation}_reference").default
+    torch.library.impl(f"rtl_kernels::masked_{operation}_library", "CPU", own)
+    example = testing.make(next(c for c in testing.CASES if str(c) == f"{operation}-ragged"))
+    call = (example.x, example.weight, example.bank.words, example.route.offsets, example.route.order, 1)
+    y = own(*call, None, *geometry(example.case))
+    filled = torch.empty_like(y)
+    into = functional.raw_operator(f"masked_{operation}_into_library")
+    into(*call, None, None, None, True, filled, *geometry(example.case))
+    testing.assert_bitwise(filled, torch.relu(y))
 
 
 def test_the_compiled_operator_refuses_what_does_not_fit():

@@ -541,6 +541,13 @@ struct NormShape {
     STD_TORCH_CHECK(at[masks + 1] == x.size(0), "offsets span ", at[masks + 1], " rows, expected ", x.size(0));
     batch = {at, masks, nullptr, x.size(0), 1};
   }
+
+  // (channels,), or with one for each mask (masks, channels).
+  void check(const char* name, const Tensor& tensor, bool shared) const {
+    STD_TORCH_CHECK((shared && sizes(tensor) == Ints{channels}) || sizes(tensor) == (Ints{batch.masks, channels}), name,
+                    " does not fit x and offsets: expected (", batch.masks, ", ", channels, ")",
+                    shared ? ", or the channels alone" : "");
+  }
 };
 
 template <class T>
@@ -570,8 +577,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> subset_batch_norm(Tensor x, std::opti
                     shape.pixels, " pixel): expected more in training");
   }
   std::optional<Tensor> w, b;
-  if (weight) w = widened(*weight);
-  if (bias) b = widened(*bias);
+  if (weight) w = widened(*weight), shape.check("weight", *w, true);
+  if (bias) b = widened(*bias), shape.check("bias", *b, true);
+  STD_TORCH_CHECK(!b || b->dim() == (w ? w->dim() : 1), "bias does not fit weight: expected as many dimensions");
   Tensor y = empty(wide, sizes(wide));
   const Ints statistics = {shape.batch.masks, shape.channels};
   Tensor mean = zeros(wide, statistics), variance = zeros(wide, statistics);
@@ -638,11 +646,13 @@ std::tuple<Tensor, Tensor, Tensor> subset_batch_norm_grad(Tensor dy, Tensor x, s
   const NormShape shape(wide, at);
   STD_TORCH_CHECK(sizes(wide) == sizes(wide_dy), "dy is not of the shape of x");
   std::optional<Tensor> w;
-  if (weight) w = widened(*weight);
+  if (weight) w = widened(*weight), shape.check("weight", *w, true);
   Tensor dx = empty(wide, sizes(wide));
   const Ints affine = weight ? sizes(*weight) : Ints{0};
   Tensor dw = zeros(wide, affine), db = zeros(wide, affine);
   const Tensor m = widened(mean), inverse = widened(inverse_std);
+  shape.check("mean", m, false);
+  shape.check("inverse_std", inverse, false);
   if (dx.numel() > 0) {
     if (wide.scalar_type() == ScalarType::Double)
       run_batch_norm_grad<double>(shape, wide_dy, wide, w, m, inverse, dx, dw, db);

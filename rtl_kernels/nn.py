@@ -250,13 +250,20 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
                 setattr(self, name, _replicate_parameter(parameter, self.num_masks))
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
-        """x (rows, C, H, W) -> the same shape. Called with a route of its own, x is in the order of the samples."""
+        """x (rows, C, H, W) -> the same shape. Called with a route of its own, x is in the order of the samples.
+
+        Raises:
+            ValueError: x is not of four dimensions, or the route (only per ticket) is missing, of another number of
+                masks or of samples, holds −1, or in training gives a ticket one value a channel.
+        """
         if not self.per_ticket:
             if (self.training or self.running_mean is None) and functional.batch_norm_backend(x) != "reference":
                 return self._forward_whole(x)
             return super().forward(x)
         self._check_input_dim(x)
         route = self._route(route)
+        if route.num_masks != self.num_masks:
+            raise ValueError(f"route is for {route.num_masks} masks, but the layer has statistics of {self.num_masks}")
         if route.repeat_for(x) > 1:
             x = x.repeat(route.num_masks, 1, 1, 1)
         y = self._forward_rows(route.arrange(x), route)

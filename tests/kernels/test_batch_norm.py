@@ -205,6 +205,10 @@ def test_inputs_are_checked():
         layer(torch.zeros(3, C, 2, 2, dtype=torch.float64), rk.Route.build([0, 1], K))
     with pytest.raises(ValueError, match="SubsetBatchNorm2d was called without a route"):
         layer(torch.zeros(3, C, 2, 2, dtype=torch.float64))
+    own = SubsetBatchNorm2d(C, K, affine_per_ticket=True, track_running_stats=False).double()
+    for other in (layer, own, copy.deepcopy(layer).eval()):
+        with pytest.raises(ValueError, match="route is for 6 masks, but the layer has statistics of 4"):
+            other(torch.zeros(3, C, 2, 2, dtype=torch.float64), rk.Route.build([0, 5, 1], K + 2))
     with pytest.raises(ValueError, match="affine_per_ticket is True with per_ticket=False"):
         SubsetBatchNorm2d(C, K, per_ticket=False, affine_per_ticket=True)
 

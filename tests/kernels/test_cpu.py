@@ -546,3 +546,25 @@ def test_batch_norm_is_as_accurate_as_the_reference(planes: str, dtype: torch.dt
     assert torch.equal(alone[0], ours[0][:own])
     assert torch.equal(alone[4], ours[4][:own])
     assert torch.equal(alone[5][0], ours[5][0])
+
+
+def test_batch_norm_refuses_parameters_of_another_number_of_masks_or_channels() -> None:
+    x, offsets = torch.randn(6, 5, 2, 2), torch.tensor([0, 0, 2, 4, 6])
+    forward = torch.ops.rtl_kernels.subset_batch_norm_cpu
+    backward = torch.ops.rtl_kernels.subset_batch_norm_grad_cpu
+    good = torch.ones(3, 5)
+    _, mean, _, inverse_std = forward(x, good, good, offsets, 1e-5)
+    backward(x, x, good, offsets, mean, inverse_std, 1e-5)
+    forward(x, good[0], None, offsets, 1e-5)
+    for wrong in (torch.ones(2, 5), torch.ones(3, 4), torch.ones(4)):
+        with pytest.raises(RuntimeError, match="weight does not fit x and offsets"):
+            forward(x, wrong, good, offsets, 1e-5)
+        with pytest.raises(RuntimeError, match="bias does not fit x and offsets"):
+            forward(x, good, wrong, offsets, 1e-5)
+        with pytest.raises(RuntimeError, match="weight does not fit x and offsets"):
+            backward(x, x, wrong, offsets, mean, inverse_std, 1e-5)
+        with pytest.raises(RuntimeError, match="mean does not fit x and offsets"):
+            backward(x, x, good, offsets, wrong, inverse_std, 1e-5)
+    for weight, bias in ((good, good[0]), (good[0], good), (None, good)):
+        with pytest.raises(RuntimeError, match="bias does not fit weight"):
+            forward(x, weight, bias, offsets, 1e-5)

@@ -107,14 +107,16 @@ std::shared_ptr<const Structure> compile_lists(const Plan& plan, const uint32_t*
   s.block_rows = 0;
   s.kept = count_bits(plan, words, words_row);
   const int64_t tiles = std::max<int64_t>(1, (plan.channels + s.tile_inputs - 1) / s.tile_inputs);
-  const int64_t leads = plan.scatter ? plan.channels : plan.rows;
+  const int64_t leads = plan.scatter ? plan.channels : plan.rows, rest = (plan.scatter ? plan.rows : plan.channels) % 32;
+  const uint32_t last = rest ? (uint32_t(1) << rest) - 1 : ~uint32_t(0);  // bits behind a row's end name no input
   s.index.reserve(s.kept + kListsPadding);
   for (int64_t group = 0; group < plan.groups; ++group) {
     s.parts.push_back({int64_t(s.counts.size()), int64_t(s.index.size()), tiles});
     const auto each = [&](auto&& body) {
       for (int64_t lead = 0; lead < leads; ++lead) {
         for (int64_t word = 0; word < words_row; ++word) {
-          for (uint32_t bits = words[(group * leads + lead) * words_row + word]; bits; bits &= bits - 1) {
+          const uint32_t own = word + 1 == words_row ? last : ~uint32_t(0);
+          for (uint32_t bits = words[(group * leads + lead) * words_row + word] & own; bits; bits &= bits - 1) {
             const int64_t other = word * 32 + __builtin_ctz(bits);
             plan.scatter ? body(other, lead) : body(lead, other);
           }

@@ -352,6 +352,22 @@ def test_masks_changed_in_place_are_followed() -> None:
         )
 
 
+@pytest.mark.parametrize("make", [linear, lambda *sizes, **rest: conv(*sizes[:2], (1, 1), (1, 1), *sizes[2:], **rest)])
+def test_masks_inverted_in_place_reach_no_weight_behind_a_row(make: Callable[..., Case]) -> None:
+    """So little is kept then that rows become lists; the bits behind a row, in its last word, are inverted too."""
+    case = make(40, 1001, 24, density=0.95, masks=2, index=[0, 1] * 12)
+    x, weight, bank, route, bias = case.tensors(torch.float32)
+    inverse = rk.MaskBank.from_dense(~bank.to_dense())
+    bank.words.bitwise_not_()
+    results = []
+    for masks in (bank, inverse):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        y = case.function(*leaves, masks, route, bias, backend="cpu")
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    for with_bits, without in zip(*results, strict=True):
+        torch.testing.assert_close(with_bits, without)
+
+
 def test_a_pruned_weight_is_not_read_whatever_stands_there() -> None:
     case = CASES["linear"]
     x, weight, bank, route, bias = linear(33, 70, 50, index=ragged(3, 50, dense=False)).tensors(torch.float32)

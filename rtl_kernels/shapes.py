@@ -146,14 +146,14 @@ def subset_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistic = x.new_empty((offsets.shape[0] - 2, x.shape[1]), dtype=statistics_dtype(x.dtype))
-    return torch.empty_like(x), statistic, torch.empty_like(statistic), torch.empty_like(statistic)
+    return x.new_empty(x.shape), statistic, torch.empty_like(statistic), torch.empty_like(statistic)
 
 
 def subset_batch_norm_grad(
     dy: Tensor, x: Tensor, weight: Tensor | None, offsets: Tensor, mean: Tensor, inverse_std: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     parameter = mean.new_empty(weight.shape if weight is not None else (0,))
-    return torch.empty_like(x), parameter, torch.empty_like(parameter)
+    return x.new_empty(x.shape), parameter, torch.empty_like(parameter)
 
 
 masked_linear_grad_weight = _grad_weight(2, lambda size, geometry: size[0])

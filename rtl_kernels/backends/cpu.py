@@ -42,7 +42,7 @@ unavailable = _load()
 if unavailable is None:
     for _operation in ops.OPERATIONS:
         ops.define(_operation, name, None, "CPU", into=False)
-    torch.library.register_fake("rtl_kernels::cpu_scale_rows", lambda x, scale, shift, offsets: torch.empty_like(x))
+    torch.library.register_fake("rtl_kernels::cpu_scale_rows", lambda x, scale, shift, offsets: x.new_empty(x.shape))
     ops.group_rows = torch.ops.rtl_kernels.cpu_group_rows.default
 
 

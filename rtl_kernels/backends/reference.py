@@ -394,7 +394,7 @@ def _subset_batch_norm(
     The statistics of a group without rows are zeros.
     """
     per_ticket = weight is not None and weight.dim() == 2
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     mean = x.new_zeros((offsets.shape[0] - 2, x.shape[1]), dtype=statistics_dtype(x.dtype))
     variance, inverse_std = torch.zeros_like(mean), torch.zeros_like(mean)
     for mask, start, stop in segments(offsets):
@@ -418,7 +418,7 @@ def _subset_batch_norm_grad(
     dy: Tensor, x: Tensor, weight: Tensor | None, offsets: Tensor, mean: Tensor, inverse_std: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     per_ticket = weight is not None and weight.dim() == 2
-    dx = torch.empty_like(x)
+    dx = x.new_empty(x.shape)
     dw = mean.new_zeros(weight.shape if weight is not None else (0,))
     db = torch.zeros_like(dw)
     for mask, start, stop in segments(offsets):

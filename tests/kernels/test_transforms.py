@@ -63,12 +63,14 @@ def test_raw_operators_pass_opcheck(operation, kind, dtype, device, backend):
         torch.library.opcheck(operator, tuple(arguments))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("per_ticket", [False, True])
-def test_the_batch_norm_operators_pass_opcheck(per_ticket, backend):
+def test_the_batch_norm_operators_pass_opcheck(per_ticket, backend, layout):
     if backend == "cpu" and cpu.unavailable is not None:
         pytest.skip(f"the cpu backend is not there: {cpu.unavailable}")
     x, offsets = torch.randn(6, 3, 2, 2), rk.Route.build([0, 2, 2, 0, 0, 2], 3).offsets
+    x = x.to(memory_format=layout)
     weight = torch.randn((3, 3) if per_ticket else 3)
     forward = getattr(torch.ops.rtl_kernels, f"subset_batch_norm_{backend}").default
     torch.library.opcheck(forward, (x, weight, weight + 1, offsets, 1e-5))

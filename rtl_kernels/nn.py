@@ -257,7 +257,8 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
                 masks or of samples, holds −1, or in training gives a ticket one value a channel.
         """
         if not self.per_ticket:
-            if (self.training or self.running_mean is None) and functional.batch_norm_backend(x) != "reference":
+            own = self.training or self.running_mean is None
+            if own and functional.batch_norm_backend(x) != "reference" and x.shape[0] > 0:
                 return self._forward_whole(x)
             return super().forward(x)
         self._check_input_dim(x)

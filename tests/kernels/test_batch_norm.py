@@ -314,3 +314,17 @@ def test_shared_statistics_are_those_of_nn_batch_norm_over_the_whole_batch(train
     torch.testing.assert_close(net.model.first.running_var, norm.running_var)
     assert net.model.first.running_mean.shape == (2,)
     net(x, [-1] * 8)  # the dense weight has a meaning here
+
+
+@pytest.mark.parametrize("per_ticket", [False, True])
+def test_a_batch_without_samples_moves_no_statistics(per_ticket):
+    layer = SubsetBatchNorm2d(C, K, per_ticket=per_ticket)
+    for buffer in (layer.running_mean, layer.running_var):
+        nn.init.uniform_(buffer, 1, 2)
+    before = copy.deepcopy([layer.running_mean, layer.running_var])
+    x = torch.zeros(0, C, 4, 3, requires_grad=True)
+    y = layer(x, rk.Route.build([], K))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    for buffer, old in zip((layer.running_mean, layer.running_var), before, strict=True):
+        testing.assert_bitwise(buffer, old)

@@ -397,6 +397,8 @@ def _batch_norm(
 
 
 class _SubsetBatchNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, offsets: Tensor, eps: float, backend: str

@@ -299,6 +299,22 @@ def test_per_sample_gradients_by_vmap_of_grad_add_up_to_the_batch(backend):
     torch.testing.assert_close(grads.sum(0) + dense, expected.weight)
 
 
+@pytest.mark.parametrize("per_ticket", [False, True])
+def test_vmap_over_a_batch_norm_in_training_equals_a_loop(per_ticket):
+    norm = rk.nn.SubsetBatchNorm2d(2, 3, per_ticket=per_ticket, track_running_stats=False).double()
+    route = rk.Route.build([0, 2, 2, 0], 3)
+    x = torch.randn(3, 4, 2, 5, 4, dtype=torch.float64)
+
+    def loss(x):
+        return norm(x, route).sin().sum()
+
+    torch.testing.assert_close(vmap(lambda x: norm(x, route))(x), torch.stack([norm(part, route) for part in x]))
+    parts = [part.clone().requires_grad_() for part in x]
+    expected = [torch.autograd.grad(loss(part), part)[0] for part in parts]
+    torch.testing.assert_close(vmap(grad(loss))(x), torch.stack(expected))
+    torch.testing.assert_close(grad(lambda x: vmap(loss)(x).sum())(x), torch.stack(expected))
+
+
 def test_a_second_derivative_by_func_is_refused_in_words():
     example = example_of("linear")
     call = call_of(example, "auto")

@@ -578,6 +578,12 @@ def untie(net: RoutedModel) -> RoutedModel:
             raise ValueError(f"{name or 'model'} is a {type(module).__name__} with parameters {own}: cannot be untied")
         if parametrize.is_parametrized(module):
             raise ValueError(f"{name} has parametrisations: cannot be untied")
+        if isinstance(module, _Masked) or type(module) in _TWINS:
+            for key in ("weight", "bias"):
+                if getattr(module, key) is not None and key not in own:
+                    raise ValueError(
+                        f"{name} computes its {key} anew in every pass (weight_norm, prune): cannot be untied"
+                    )
         if _mixes_samples(module) and not isinstance(module, SubsetBatchNorm2d):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, which mixes samples of all tickets: cannot be untied"

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import rtl_kernels as rk
 
@@ -138,6 +139,8 @@ class WithScale(nn.Module):
         (nn.BatchNorm1d(3, affine=False), "1 is a BatchNorm1d, which mixes samples of all tickets: cannot be untied"),
         (WithScale(), r"1 is a WithScale with parameters \['scale'\]: cannot be untied"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "1 .*cannot be untied|1 has parametrisations"),
+        (prune.identity(nn.Linear(3, 3), "weight"), "1 computes its weight anew in every pass .*: cannot be untied"),
+        (prune.identity(nn.Linear(3, 3), "bias"), "1 computes its bias anew in every pass .*: cannot be untied"),
     ],
 )
 def test_modules_it_cannot_replicate_are_refused_and_nothing_is_changed(extra, message):

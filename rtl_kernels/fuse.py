@@ -29,6 +29,7 @@ from .nn import (
     RoutedModel,
     SubsetBatchNorm2d,
     Wrapper,
+    _check_routed,
     _Masked,
     _Routed,
 )
@@ -55,8 +56,7 @@ def fuse(net: RoutedModel, *, leaves: Sequence[str] = ()) -> FusedModel:
         TypeError: `net` is no `RoutedModel`.
         ValueError: `leaves` names no submodule, or `torch.fx` cannot trace the model (its message says why).
     """
-    if not isinstance(net, RoutedModel):
-        raise TypeError(f"net is a {type(net).__name__}, expected the RoutedModel that rtl_kernels.nn.convert returns")
+    _check_routed(net)
     root = copy.deepcopy(net).model.eval()
     names = {name for name, _ in root.named_modules()}
     for name in leaves:

@@ -568,9 +568,10 @@ def untie(net: RoutedModel) -> RoutedModel:
     norms keep statistics, scale and shift per ticket. Optimisers must be made afterwards.
 
     Raises:
+        TypeError: `net` is no `RoutedModel`.
         ValueError: the model has parameters in a module it does not know how to replicate, or is untied already.
     """
-    _refuse_fused(net)
+    _check_routed(net)
     known = (_Masked, SubsetBatchNorm2d)
     for name, module in net.model.named_modules():
         own = [key for key, _ in module.named_parameters(recurse=False)]
@@ -621,10 +622,11 @@ def extract(net: RoutedModel, ticket: int) -> nn.Module:
     statistics. The wrapper is left as it is.
 
     Raises:
+        TypeError: `net` is no `RoutedModel`.
         IndexError: unless 0 <= ticket < K.
         TypeError: `net` is a fused copy.
     """
-    _refuse_fused(net)
+    _check_routed(net)
     if not 0 <= ticket < net.num_masks:
         raise IndexError(f"ticket is {ticket}, but there are {net.num_masks} (0..{net.num_masks - 1})")
     model = copy.deepcopy(net).model
@@ -656,9 +658,9 @@ def extract(net: RoutedModel, ticket: int) -> nn.Module:
     return model
 
 
-def _refuse_fused(net: nn.Module) -> None:
-    if isinstance(net, FusedModel):
-        raise TypeError("net is a fused copy, expected the RoutedModel it was made from")
+def _check_routed(net: object) -> None:
+    if not isinstance(net, RoutedModel):
+        raise TypeError(f"net is a {type(net).__name__}, expected the RoutedModel that rtl_kernels.nn.convert returns")
 
 
 def _mask(module: nn.Module, num_masks: int) -> None:

@@ -407,7 +407,7 @@ def run_into(
     route: Route,
     scale: Tensor | None,
     shift: Tensor | None,
-    residual: Tensor | None,
+    residual: Any,
     relu: bool,
     geometry: tuple[Any, ...],
     room: tuple[int, int] | None,
@@ -421,7 +421,8 @@ def run_into(
         operation: "masked_linear", ...; `geometry` is what its raw operator takes.
         words: the bank's; they fit the weight.
         scale, shift: (O,), or (K, O) with one for each mask; None: 1 and 0.
-        residual: added; where it has another shape or dtype than the result, torch adds it afterwards.
+        residual: added, None: nothing; a number, or a tensor of another shape or dtype than the result, by torch
+            afterwards.
         relu: whether act is max(0, ·).
         room: the result is channels [room[0], room[0] + O) of a tensor of room[1] channels; that one is returned.
         buffer: that tensor, if another layer made it already.
@@ -450,7 +451,12 @@ def run_into(
     if shift is not None and shift.dtype != wide:
         shift = shift.to(wide)
     later = None
-    if residual is not None and (residual.shape != size or residual.dtype != x.dtype or residual.device != x.device):
+    if residual is not None and not (
+        isinstance(residual, Tensor)
+        and residual.shape == size
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    ):
         residual, later = None, residual
     if room is None:
         y = whole = x.new_empty(size)

@@ -161,7 +161,7 @@ class FusedLayer(_Routed, nn.Module):
         untied = self.weight.dim() in (3, 5)
         return untied or any(p is not None and p.dim() == 2 for p in (self.scale, self.shift))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None, buffer: Tensor | None = None) -> Tensor:
         """The layer's result; with `room`, the tensor of all concatenated channels that holds it."""
         if self.pad is not None:
             x = F.pad(x, self.pad[0], mode=self.pad[1])
@@ -286,7 +286,7 @@ def _is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _added(node: fx.Node, term: fx.Node) -> fx.Node | None:
-    """What a node adds to `term`, if it is another tensor."""
+    """What a node adds to `term`, if it is computed too: another tensor, or a number made of one's shape."""
     function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
     if not (function or (node.op == "call_method" and node.target in ("add", "add_"))):
         return None

@@ -469,7 +469,8 @@ class Several(nn.Module):
         d = torch.relu(b + c)
         e = self.three(d) + 1.0  # no tensor
         f = self.three(d) + d.mean((2, 3), keepdim=True)  # of another shape
-        return {"first": self.head(e.mean((2, 3))) * scale, "rest": [torch.relu(f), torch.cat([a, d], 1)]}
+        g = self.three(d) + 1 / x.shape[2]  # a number, computed
+        return {"first": self.head(e.mean((2, 3))) * scale, "rest": [torch.relu(f), torch.cat([a, d], 1), g.relu()]}
 
 
 def test_several_inputs_and_outputs_and_results_with_several_users():

@@ -129,7 +129,14 @@ class MaskBank:
         return torch.stack([unpack_mask(words, self.shape) for words in self.words])
 
     def select(self, masks: Sequence[int]) -> MaskBank:
-        """A bank of the named masks, in that order (copies). Raises IndexError for one that is not there."""
+        """A bank of the named masks, in that order (copies).
+
+        Raises:
+            IndexError: a mask is not there.
+            ValueError: none is named.
+        """
+        if len(masks) == 0:
+            raise ValueError("masks is empty, expected at least one mask")
         for mask in masks:
             self._check(mask)
         return MaskBank(self.words[torch.as_tensor(list(masks), device=self.device)], self.shape)

@@ -141,6 +141,8 @@ def test_select_takes_masks_by_number_in_the_order_given_as_copies():
         bank.select([0, 4])
     with pytest.raises(IndexError, match="mask is -1"):
         bank.dense(-1)
+    with pytest.raises(ValueError, match="masks is empty, expected at least one mask"):
+        bank.select([])
 
 
 @testing.for_devices

@@ -360,13 +360,13 @@ def _sides(
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under `torch.autocast`, cast as `F.linear` and `F.conv2d` do: all but float64 to the autocast dtype."""
+    """Under `torch.autocast`, cast as `F.linear` and `F.conv2d` do: floats but float64 to the autocast dtype."""
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind := x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(kind)
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     return cast(x), cast(weight), None if bias is None else cast(bias)
 

@@ -206,6 +206,14 @@ def test_autocast_leaves_float64_alone(operation, backend):
         testing.assert_bitwise(f, e)
 
 
+@for_operations
+def test_autocast_casts_no_integers(operation):
+    example = make(operation)
+    call = (example.x.long(), example.weight, example.bank, example.route, example.bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
+        example.function(*call, **example.case.options)
+
+
 @testing.for_backends
 @for_operations
 def test_backward_outside_autocast_or_inside_gives_the_same_bits(operation, backend):

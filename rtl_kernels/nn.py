@@ -113,7 +113,9 @@ class _Masked(_Routed):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "mask_words" not in state_dict:
-            ones = MaskBank.ones(self.num_masks, self._mask_shape)
+            # Beside the weight that is loaded: with assign=True both are taken as they are.
+            weight = state_dict.get(prefix + "weight", self.weight)
+            ones = MaskBank.ones(self.num_masks, self._mask_shape, weight.device)
             state_dict[prefix + "mask_words"] = ones.words
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         if self.mask_words.device.type == "cpu" and has_padding_bits(self.mask_words, self._mask_shape):

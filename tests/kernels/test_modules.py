@@ -293,6 +293,13 @@ def test_a_dense_state_dict_loads_as_all_ones(net):
         assert torch.equal(ours, theirs)
 
 
+def test_masks_that_a_dense_state_dict_assigns_lie_beside_its_weights(net):
+    elsewhere = {name: value.to("meta") for name, value in Net().state_dict().items()}
+    net.model.load_state_dict(elsewhere, assign=True)
+    for module in net.masked_modules().values():
+        assert module.mask_words.device == module.weight.device == torch.device("meta")
+
+
 def test_a_masked_state_dict_makes_a_round_trip(net, x):
     other = rk.nn.convert(Net().double(), K)
     buffer = io.BytesIO()

@@ -60,7 +60,7 @@ class _MaskedStep:
         self.saved: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
         # What `_frozen` gave for a set of groups, while the layers' bits and weights are those it was computed from.
         self.known: dict[tuple[bool, ...], dict[Tensor, Tensor]] = {}
-        self.computed_from: list[tuple[Tensor, int, Tensor]] = []
+        self.computed_from: list[tuple[Tensor, Tensor]] = []
 
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.saved = []
@@ -96,16 +96,16 @@ class _MaskedStep:
         present = self.model._pass.seen[self.place]
         if present is None:  # no batch since the last step
             present = torch.zeros(self.model.num_masks + 1, dtype=torch.bool)
-        if present.device.type != "cpu":  # looking at the groups would synchronise
-            return self._compute_frozen(present)
         layers = list(self.model.masked_modules().values())
-        if any(layer.mask_words.is_inference() for layer in layers):  # whose changes nobody counts
+        if not present.is_cpu or not all(layer.mask_words.is_cpu for layer in layers):  # looking would synchronise
             return self._compute_frozen(present)
-        now = [(layer.mask_words, layer.mask_words._version, layer.weight) for layer in layers]
-        if len(now) != len(self.computed_from) or not all(
-            a[0] is b[0] and a[1] == b[1] and a[2] is b[2] for a, b in zip(now, self.computed_from, strict=True)
+        # Bits are compared, not versions, which neither `.data` nor NumPy counts up: 1/32 of a weight's bytes.
+        if len(layers) != len(self.computed_from) or not all(
+            layer.weight is weight and torch.equal(layer.mask_words, words)
+            for layer, (words, weight) in zip(layers, self.computed_from, strict=True)
         ):
-            self.known, self.computed_from = {}, now
+            self.known = {}
+            self.computed_from = [(layer.mask_words.clone(), layer.weight) for layer in layers]
         groups = tuple(present.tolist())
         if groups not in self.known:
             # In turn, K sets of groups come by; no more are kept than that, nor more than 64 MiB of bits as bytes.

@@ -395,5 +395,9 @@ def test_what_was_kept_of_earlier_steps_follows_new_masks_and_changed_bits():
     step(3, [1, 2])
     net.model.head.mask_words[1] = net.model.head.mask_words[0]
     step(4, [1, 2])
+    net.model.conv.mask_words.data[1] = net.model.conv.mask_words[3]  # no version of the tensor tells
+    step(5, [1, 2])
+    net.model.up.mask_words.numpy()[2] = 0
+    step(6, [1, 2])
     for seed, index in enumerate([[0], [1], [2], [3], [0, 1], [0, 2], [0, 3], [1, 3], [0]]):  # more than are kept
         step(seed, index)

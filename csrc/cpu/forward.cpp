@@ -46,9 +46,12 @@ class Runner {
             structure_of(plan, words, masks.row_words, lists(segments_.back()) ? Kind::kLists : Kind::kBuckets);
       divide(int64_t(segments_.size()) - 1);
     }
-    std::stable_sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) {
-      return a.path == Path::kFew && b.path == Path::kFew && a.strip.first < b.strip.first;
-    });
+    const auto is_few = [](const Unit& unit) { return unit.path == Path::kFew; };
+    for (auto end = units_.begin(); end != units_.end();) {
+      const auto begin = std::find_if(end, units_.end(), is_few);
+      end = std::find_if_not(begin, units_.end(), is_few);
+      std::stable_sort(begin, end, [](const Unit& a, const Unit& b) { return a.strip.first < b.strip.first; });
+    }
   }
 
   void run(const Parallel& parallel) {

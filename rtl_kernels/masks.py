@@ -212,6 +212,8 @@ def save_banks(banks: Mapping[str, MaskBank], path: str | os.PathLike[str]) -> N
             partial,
             metadata={"mask_shapes": shapes},
         )
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # else a crash of the machine may keep the name and lose what it names
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -245,6 +245,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["bank"]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+
+    def watched(name):
+        real = getattr(os, name)
+        return lambda *arguments: done.append(name) or real(*arguments)
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, watched(name))
+    rk.MaskBank.ones(2, (3, 4)).save(tmp_path / "bank")
+    assert done == ["fsync", "replace"]
+
+
 def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
     path = tmp_path / "bank"
     rk.MaskBank.ones(2, (3, 4)).save(path)

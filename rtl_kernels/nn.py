@@ -447,8 +447,11 @@ class Wrapper(nn.Module):
             (K, B, ...) for `Route.every`.
 
         Raises:
+            TypeError: x is no tensor.
             ValueError: the index is not for this batch or this number of masks; see also `Route.build`.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}, expected a Tensor (batch, ...)")
         # Sorted where the index is: on the CPU its range is checked, before it goes to the device.
         route = index if isinstance(index, Route) else Route.build(index, self.num_masks).to(x.device)
         if route.num_masks != self.num_masks:

@@ -422,6 +422,8 @@ def test_the_wrapper_refuses_an_index_of_another_batch_or_model(net, x):
         net(x, rk.Route.build(INDEX, 4))
     with pytest.raises(IndexError, match="index holds 3, but there are 3 masks"):
         net(x, [0, 1, 2, 3, 0, 0])
+    with pytest.raises(TypeError, match=r"x is a list, expected a Tensor \(batch, ...\)"):
+        net([x], INDEX)
 
 
 def test_a_pass_that_fails_leaves_no_route_behind(net, x):

@@ -319,7 +319,10 @@ def _fold_dense(model: fx.GraphModule) -> None:
         norm = cast(Any, _module(model, user, nn.BatchNorm2d, SubsetBatchNorm2d))
         if conv is None or user is None or not _foldable(norm) or norm.running_mean.dim() != 1:
             continue
-        folded = fuse_conv_bn_eval(cast(Any, conv), norm, isinstance(conv, nn.ConvTranspose2d))
+        transposed = isinstance(conv, nn.ConvTranspose2d)
+        if transposed and cast(Any, conv).groups > 1:
+            continue  # its weight's second dimension is one group's outputs, torch scales it as if it were all
+        folded = fuse_conv_bn_eval(cast(Any, conv), norm, transposed)
         name = _add(model, node, folded)
         with model.graph.inserting_before(node):
             replacement = model.graph.call_module(name, node.args)

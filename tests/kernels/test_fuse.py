@@ -551,6 +551,15 @@ def test_dense_convolutions_take_shared_batch_norms(batch_norm):
     assert_same(fused, net, torch.randn(len(INDEX), 2, 6, 6, dtype=torch.float64), INDEX)
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_dense_transposed_convolutions_of_several_groups_keep_their_batch_norms(groups):
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ConvTranspose2d(4, 4, 3, groups=groups), nn.BatchNorm2d(4))
+    net = masked(model.double(), scope=["0"])
+    fused = rk.nn.fuse(net)
+    assert kinds(fused) == {FusedLayer: 1, nn.ConvTranspose2d: 1, SubsetBatchNorm2d: 1}
+    assert_same(fused, net, torch.randn(len(INDEX), 2, 6, 6, dtype=torch.float64), INDEX)
+
+
 class Squeezed(nn.Module):
     """Squeeze-and-excitation whose convolutions stay dense, and the second of them on whole planes too."""
 

@@ -101,7 +101,7 @@ class MaskBank:
 
     @classmethod
     def ones(cls, num_masks: int, shape: Sequence[int], device: torch.device | str | None = None) -> MaskBank:
-        """K masks that keep every weight of a tensor of shape `shape`."""
+        """K masks that keep every weight of a tensor of shape `shape`. Raises ValueError if num_masks < 1."""
         if num_masks < 1:
             raise ValueError(f"num_masks is {num_masks}, expected at least 1")
         shape = torch.Size(shape)
@@ -186,14 +186,20 @@ class MaskBank:
 
 
 def overlap(banks: Sequence[MaskBank]) -> Tensor:
-    """|m_i ∧ m_j| over several layers' banks of the same K masks, int64 (K, K)."""
+    """|m_i ∧ m_j| over several layers' banks of the same K masks, int64 (K, K).
+
+    Raises ValueError if there is no bank, or they are of different numbers of masks.
+    """
     if len({bank.num_masks for bank in banks}) != 1:
         raise ValueError(f"banks holds banks of {[bank.num_masks for bank in banks]} masks, expected one equal number")
     return torch.stack([bank.overlap() for bank in banks]).sum(0)
 
 
 def jaccard(banks: Sequence[MaskBank]) -> Tensor:
-    """Mask similarity |m_i ∧ m_j| / |m_i ∨ m_j| over several layers' banks of the same K masks, float64 (K, K)."""
+    """Mask similarity |m_i ∧ m_j| / |m_i ∨ m_j| over several layers' banks of the same K masks, float64 (K, K).
+
+    Two masks that keep nothing are equal: 1. Raises ValueError as `overlap` does.
+    """
     both = overlap(banks)
     sizes = both.diagonal()
     either = sizes[:, None] + sizes[None, :] - both

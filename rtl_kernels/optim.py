@@ -33,7 +33,8 @@ def masked_step(optimizer: torch.optim.Optimizer, model: RoutedModel) -> torch.o
 
     Raises:
         TypeError: `model` is not a wrapper.
-        ValueError: the optimiser holds no masked weight of the model, or masks its step already.
+        ValueError: the optimiser holds no masked weight of the model, or masks its step already. Its `step` refuses a
+            closure, as what may move has to be known before it runs.
     """
     if not isinstance(model, RoutedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected the wrapper that rtl_kernels.nn.convert returned")

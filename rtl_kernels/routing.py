@@ -73,6 +73,9 @@ class Route:
 
         The first masked layer takes B samples and gives K·B rows without copying its input K times; later ones take
         the K·B rows. Wrapped models and the public functions give (K, B, ...).
+
+        Raises:
+            ValueError: num_masks < 1 or batch < 0.
         """
         if num_masks < 1:
             raise ValueError(f"num_masks is {num_masks}, expected at least 1")

@@ -105,11 +105,11 @@ class FusedModel(Wrapper):
             if not x.is_cpu or route.all_masks or args or kwargs:  # further arguments are in row order
                 return super()._run(route, x, *args, **kwargs)
             # The CPU kernels find the samples of a mask wherever they lie: sorting the batch would cost two passes.
-            self._pass.route = route
+            self._pass.enter(route)
             try:
                 return self.model(x)
             finally:
-                self._pass.route = None
+                self._pass.enter(None)
 
 
 class FusedLayer(_Routed, nn.Module):

@@ -8,6 +8,7 @@ a second argument, and then give and take rows in the order of the samples.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -40,13 +41,37 @@ __all__ = [
 Scope = Callable[[str, nn.Module], bool] | Sequence[str] | None
 
 
+class _Here(threading.local):
+    """A thread's own: several may run one model, each with a route of its own."""
+
+    route: Route | None = None
+
+
 class _Pass:
     """What the modules of one converted model share: the route of the forward pass that is running."""
 
     def __init__(self) -> None:
-        self.route: Route | None = None
+        self.route: Route | None = None  # the last that began: what is compiled finds it here
+        self.here = _Here()
         # For each optimiser that asks: the groups seen since its last step, bool (K + 1,), −1 first; None: no batch.
         self.seen: dict[int, Tensor | None] = {}
+
+    def enter(self, route: Route | None) -> None:
+        """Begin a pass, or end it with None."""
+        self.route = route
+        if not torch.compiler.is_compiling():
+            self.here.route = route
+
+    def running(self) -> Route | None:
+        here = None if torch.compiler.is_compiling() else self.here.route
+        return self.route if here is None else here
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seen": self.seen}  # copies and files hold no running pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _Pass.__init__(self)
+        self.seen = state["seen"]
 
     def record(self, route: Route) -> None:
         if torch.is_grad_enabled():
@@ -62,7 +87,7 @@ class _Routed:
 
     def _route(self, route: Route | None) -> Route:
         if route is None and self._pass is not None:
-            route = self._pass.route
+            route = self._pass.running()
         if route is None:
             raise ValueError(
                 f"{type(self).__name__} was called without a route: call the model through the wrapper that "
@@ -462,11 +487,11 @@ class Wrapper(nn.Module):
 
     def _run(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._pass.record(route)
-        self._pass.route = route.sorted()
+        self._pass.enter(route.sorted())
         try:
             y = self.model(route.arrange(x), *args, **kwargs)
         finally:
-            self._pass.route = None
+            self._pass.enter(None)
         rows = route.rows
 
         def restore(leaf: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -424,6 +426,28 @@ def test_the_wrapper_refuses_an_index_of_another_batch_or_model(net, x):
         net(x, [0, 1, 2, 3, 0, 0])
     with pytest.raises(TypeError, match=r"x is a list, expected a Tensor \(batch, ...\)"):
         net([x], INDEX)
+
+
+@pytest.mark.parametrize("form", [lambda net: net, rk.nn.fuse], ids=["plain", "fused"])
+def test_passes_in_several_threads_keep_to_their_own_routes(net, x, form):
+    net = form(net.eval())
+    indices = TICKETS, TICKETS[::-1]
+    with torch.no_grad():
+        expected = [net(x, index) for index in indices]
+    met = threading.Barrier(2)
+
+    def meet(module, inputs):
+        met.wait(30)  # both have begun before either reaches its first layer
+
+    def run(index):
+        with torch.no_grad():
+            return net(x, index)
+
+    net.model.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, indices))
+    for y, wanted in zip(found, expected, strict=True):
+        testing.assert_bitwise(y, wanted)
 
 
 def test_a_pass_that_fails_leaves_no_route_behind(net, x):

@@ -93,6 +93,8 @@ class _Routed:
                 f"{type(self).__name__} was called without a route: call the model through the wrapper that "
                 "rtl_kernels.nn.convert returned, or pass a Route"
             )
+        if not isinstance(route, Route):
+            raise TypeError(f"route is a {type(route).__name__}, expected a Route (Route.build(index, num_masks))")
         return route
 
 
@@ -280,6 +282,7 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         """x (rows, C, H, W) -> the same shape. Called with a route of its own, x is in the order of the samples.
 
         Raises:
+            TypeError: `route` is no Route.
             ValueError: x is not of four dimensions, or the route (only per ticket) is missing, of another number of
                 masks or of samples, holds −1, or in training gives a ticket one value a channel.
         """

@@ -203,6 +203,8 @@ def test_inputs_are_checked():
         layer(torch.zeros(3, C, dtype=torch.float64), rk.Route.build([0, 1, 1], K))
     with pytest.raises(ValueError, match=r"x has shape \(3, .*, but its route is for 2 samples"):
         layer(torch.zeros(3, C, 2, 2, dtype=torch.float64), rk.Route.build([0, 1], K))
+    with pytest.raises(TypeError, match=r"route is a list, expected a Route \(Route.build\(index, num_masks\)\)"):
+        layer(torch.zeros(3, C, 2, 2, dtype=torch.float64), [0, 1, 1])
     with pytest.raises(ValueError, match="SubsetBatchNorm2d was called without a route"):
         layer(torch.zeros(3, C, 2, 2, dtype=torch.float64))
     own = SubsetBatchNorm2d(C, K, affine_per_ticket=True, track_running_stats=False).double()

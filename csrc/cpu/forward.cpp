@@ -321,7 +321,6 @@ class Runner {
             m.y = y + at[u] / std::max<int64_t>(1, channels) * rows;
             m.y_row = unit.strip.samples;
             m.columns = granules(unit.count);
-            m.segments = 1;
             k_.multiply(m);
           }
         }
@@ -422,7 +421,6 @@ class Runner {
         m.y = job_.output(unit.start) + g * plan_.rows * pixels;
         m.y_row = pixels;
         m.columns = pixels;
-        m.segments = 1;
         m.stream = job_.stream_ && m.kept.tiles == 1;
         k_.multiply(m);
       }
@@ -620,7 +618,6 @@ class Runner {
       m.y = y;
       m.y_row = y_row_;
       m.columns = plan_.linear() ? job_.granules(unit.count) : y_row_;
-      m.segments = 1;
       k_.multiply(m);
     }
 

@@ -32,8 +32,8 @@ struct Kept {
   void skip_rows(int64_t rows) { counts += block_rows ? rows / block_rows * 16 : rows; }
 };
 
-// y[r][c] = act(s[r] · Σ_{kept (r, j)} w[r, j] · x[j][c] + b[r]) for columns 0..columns of every segment; s, b and act are
-// applied with the last tile.
+// y[r][c] = act(s[r] · Σ_{kept (r, j)} w[r, j] · x[j][c] + b[r]) for columns 0..columns; s, b and act are applied with the
+// last tile.
 template <class T>
 struct Multiply {
   Kept kept;
@@ -49,9 +49,6 @@ struct Multiply {
   T* y;
   int64_t y_row;
   int64_t columns;      // a multiple of the granule
-  int64_t segments;     // runs of columns, x_segment and y_segment apart
-  int64_t x_segment;
-  int64_t y_segment;
   bool stream;          // y goes past the caches: all of it is aligned to whole vectors, and there is one tile
   // What is needed next: `ahead_lines` cache lines of each of some rows are fetched, a few with every block of rows, from
   // line `ahead_from` to `ahead_to`, counted row by row.
@@ -101,7 +98,7 @@ struct Correlate {
   T* g;
   int64_t g_row;
   int64_t columns;      // a multiple of the lanes
-  int64_t segments;
+  int64_t segments;     // runs of columns, x_segment and dy_segment apart
   int64_t x_segment;
   int64_t dy_segment;
 };

@@ -302,7 +302,7 @@ constexpr int kVectors = 6;  // 24 sums, 6 inputs and a weight fill 31 of 32 reg
 constexpr int kVectors = 2;  // 8 sums, 2 inputs and a weight of 16 registers; 3 would spill where FMA needs a copy
 #endif
 
-// Columns [0, take) of one segment, all tiles; `take` is what multiply_segment cuts.
+// Columns [0, take), all tiles; `take` is what `multiply` cuts.
 template <class T, int R>
 void multiply_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
   constexpr int L = Vector<T>::lanes, kGranule = kHalves ? L / 2 : L;
@@ -381,7 +381,7 @@ void multiply_list_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
 }
 
 template <class T>
-void multiply_segment(const Multiply<T>& m, const T* x, T* y) {
+void multiply(const Multiply<T>& m) {
   constexpr int L = Vector<T>::lanes;
   const bool single = m.kept.block_rows == 1, lists = m.kept.block_rows == 0;
   for (int64_t c = 0; c < m.columns;) {
@@ -399,19 +399,12 @@ void multiply_segment(const Multiply<T>& m, const T* x, T* y) {
       take = left < take ? left : take;
     }
     if (lists)
-      multiply_list_cut<T>(m, take, x + c, y + c);
+      multiply_list_cut<T>(m, take, m.x + c, m.y + c);
     else if (single)
-      multiply_cut<T, 1>(m, take, x + c, y + c);
+      multiply_cut<T, 1>(m, take, m.x + c, m.y + c);
     else
-      multiply_cut<T, kBlockRows>(m, take, x + c, y + c);
+      multiply_cut<T, kBlockRows>(m, take, m.x + c, m.y + c);
     c += take;
-  }
-}
-
-template <class T>
-void multiply(const Multiply<T>& m) {
-  for (int64_t s = 0; s < m.segments; ++s) {
-    multiply_segment<T>(m, m.x + s * m.x_segment, m.y + s * m.y_segment);
   }
 }
 

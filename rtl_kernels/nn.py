@@ -129,14 +129,17 @@ class _Masked(_Routed):
 
     @bank.setter
     def bank(self, bank: MaskBank) -> None:
+        self._check_bank(bank, "bank")
+        self.mask_words = bank.words.to(self.mask_words.device)
+
+    def _check_bank(self, bank: MaskBank, name: str) -> None:
         if not isinstance(bank, MaskBank):
-            raise TypeError(f"bank is a {type(bank).__name__}, expected a MaskBank")
+            raise TypeError(f"{name} is a {type(bank).__name__}, expected a MaskBank")
         if bank.shape != self._mask_shape or bank.num_masks != self.num_masks:
             raise ValueError(
-                f"bank is {bank.num_masks} masks of {tuple(bank.shape)}, but the layer has {self.num_masks} masks of "
+                f"{name} is {bank.num_masks} masks of {tuple(bank.shape)}, but the layer has {self.num_masks} masks of "
                 f"{tuple(self._mask_shape)}"
             )
-        self.mask_words = bank.words.to(self.mask_words.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "mask_words" not in state_dict:
@@ -525,6 +528,8 @@ class RoutedModel(Wrapper):
             raise ValueError(
                 f"banks names the layers {sorted(banks)}, but the model's masked layers are {sorted(modules)}"
             )
+        for name, module in modules.items():  # all of them before any is replaced
+            module._check_bank(banks[name], f"banks[{name!r}]")
         for name, module in modules.items():
             module.bank = banks[name]
 

@@ -248,6 +248,12 @@ def test_all_banks_are_assigned_by_name(net):
     banks = {name: rk.MaskBank.ones(K, bank.shape) for name, bank in net.banks.items()}
     net.banks = banks
     assert all(torch.equal(bank.words, banks[name].words) for name, bank in net.banks.items())
+    zeros = {name: rk.MaskBank.from_dense(~bank.to_dense()) for name, bank in banks.items()}
+    with pytest.raises(
+        ValueError, match=r"banks\['head'\] is 3 masks of \(5, 9\), but the layer has 3 masks of \(5, 4\)"
+    ):
+        net.banks = {**zeros, "head": rk.MaskBank.ones(K, (5, 9))}
+    assert all(torch.equal(bank.words, banks[name].words) for name, bank in net.banks.items())
     del banks["head"]
     with pytest.raises(ValueError, match=r"banks names the layers \['depthwise', 'stem.0', 'up'\], but the model's"):
         net.banks = banks

@@ -89,6 +89,12 @@ def test_the_routing_operators_pass_opcheck():
 def test_every_operation_has_an_operator_of_every_backend_that_has_kernels():
     for operation in ops.OPERATIONS:
         assert hasattr(torch.ops.rtl_kernels, f"{operation}_reference")
+        forward = operation.removesuffix("_into")
+        for backend in functional.BACKENDS:  # what runs a layer runs it in a fused model too
+            there = hasattr(torch.ops.rtl_kernels, f"{forward}_{backend}")
+            assert hasattr(torch.ops.rtl_kernels, f"{operation}_{backend}") == there, (operation, backend)
+    if cpu.unavailable is None:
+        assert hasattr(torch.ops.rtl_kernels, "masked_linear_into_cpu")
 
 
 # ---- torch.compile

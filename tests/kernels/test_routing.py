@@ -135,6 +135,14 @@ def test_an_index_out_of_range_is_named_with_the_range(value):
         rk.Route.build([0, value, 1], 4)
 
 
+def test_a_list_is_checked_whatever_the_default_device_is():
+    with torch.device("meta"):
+        route = rk.Route.build([0, 3, 1], 4)
+        with pytest.raises(IndexError, match="index holds 7"):
+            rk.Route.build([0, 7, 1], 4)
+    assert route.order.device == route.offsets.device == route.index.device == torch.device("meta")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_range_is_checked_on_request_and_clamped_otherwise(monkeypatch):

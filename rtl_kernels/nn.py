@@ -662,7 +662,6 @@ def extract(net: RoutedModel, ticket: int) -> nn.Module:
     Raises:
         TypeError: `net` is no `RoutedModel`.
         IndexError: unless 0 <= ticket < K.
-        TypeError: `net` is a fused copy.
     """
     _check_routed(net)
     if not 0 <= ticket < net.num_masks:

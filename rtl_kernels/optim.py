@@ -28,7 +28,7 @@ def masked_step(optimizer: torch.optim.Optimizer, model: RoutedModel) -> torch.o
 
     Args:
         optimizer: any `torch.optim` optimiser over the model's parameters. It is given hooks and returned, so that
-            schedulers and gradient scalers work as before; its step takes no closure. A model may have several.
+            schedulers and gradient scalers work as before. A model may have several.
         model: the wrapper `convert` returned; call this after `untie`.
 
     Raises:

@@ -56,11 +56,14 @@ class Route:
         if not isinstance(index, Tensor):
             if not hasattr(index, "__len__"):
                 raise TypeError(f"index is a {type(index).__name__}, expected integers (batch,)")
+            traced = torch.compiler.is_compiling()  # where the default device is not to be asked for
             try:
-                values = torch.tensor(index, dtype=torch.int64 if len(index) == 0 else None, device="cpu")
+                dtype = torch.int64 if len(index) == 0 else None
+                values = torch.tensor(index, dtype=dtype, device=None if traced else "cpu")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(f"index is a {type(index).__name__} of no integers ({error}), expected some") from error
-            return cls.build(values, num_masks).to(torch.get_default_device())  # checked before it goes there
+            route = cls.build(values, num_masks)
+            return route if traced else route.to(torch.get_default_device())  # checked before it goes there
         if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
             raise TypeError(f"index has dtype {index.dtype}, expected integers")
         if index.dim() != 1:

@@ -155,6 +155,16 @@ def test_inductor_compiles_a_model_in_one_graph():
         torch.testing.assert_close(step(compiled, net, index), step(eager, eager, index), rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_model_takes_a_list_and_a_model_its_compiled_layers():
+    torch._dynamo.reset()
+    net = converted("shared").eval()
+    x, index = torch.randn(4, 2, 5, 4), [0, 2, 1, 1]
+    expected = net(x, index)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x, index), expected)
+    net.model.conv.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(net(x, index), expected)
+
+
 def test_new_batch_sizes_do_not_recompile_forever():
     torch._dynamo.reset()
     net = converted("per_ticket").eval()

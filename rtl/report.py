@@ -163,7 +163,7 @@ def beside_published(table: Mapping[str, Any]) -> list[list[str]]:
 def took(table: Mapping[str, Any]) -> str:
     """How long a run took by the clock on the wall, in words; "" where that is not known."""
     if "wall" not in table:
-        return ""
+        return " ".join(f"{one['command']}: {took(one)}" for one in table.get("runs", ()))
     said, workers, resumed = f"In {duration(table['wall'])}", table.get("workers", 0), table.get("resumed", 0)
     if workers:
         said += f" with {workers} worker{'s' * (workers != 1)}"
@@ -280,7 +280,7 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
     """The tables and details of several runs of one recipe as those of one, in that order.
 
     Commands are joined by " && "; of an environment that differs, all values are kept; times by the clock on the wall
-    are added up, if all are known; what the details say of tickets (their similarity, examples) is of the `main_run`.
+    are added up, if all are known, else "runs" has those that are; what the details say of tickets (their similarity, examples) is of the `main_run`.
     Raises InputError for other recipes, or a row that two runs have.
     """
     (table, _), *others = results
@@ -297,11 +297,16 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
             for key, value in other["environment"].items()
             if str(value) not in str(table["environment"].get(key, "?")).split(" / ")
         }
-    for key in ("wall", "resumed", "workers"):
+    clocks = ("wall", "resumed", "workers")
+    timed = [run for one, _ in results for run in one.get("runs", [one]) if "wall" in run]
+    for key in clocks:
         values = [one.get(key) for one, _ in results]
         table.pop(key, None)
         if None not in values and (key != "workers" or len(set(values)) == 1):
             table[key] = values[0] if key == "workers" else sum(values)
+    table.pop("runs", None)
+    if timed and "wall" not in table:
+        table["runs"] = [{key: run[key] for key in ("command", *clocks) if key in run} for run in timed]
     details = dict(results[main_run(results)][1])
     for key in ("per_class", "per_image", "routing"):
         if any(key in one for _, one in results):

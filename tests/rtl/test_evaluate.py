@@ -226,8 +226,11 @@ def test_one_pass_of_all_tickets_scores_as_a_pass_for_each_ticket():
     tickets = TicketNetwork(net, ("c", "a", "b"), (2, 0, 1), "one_vs_rest", 0.5)
     tickets.train()
     data = images()
-    scores = ticket_logits(tickets, data, batch_size=20).sigmoid()
+    logits = ticket_logits(tickets, data, batch_size=20)
+    scores = logits.sigmoid()
     assert not net.training  # scored in evaluation mode
+    assert evaluate(tickets, data, logits=logits) == evaluate(tickets, data)
+    assert evaluate(tickets, data, logits=logits.flip(1)) != evaluate(tickets, data)  # they are what is judged
     with torch.no_grad():
         for k, (name, output) in enumerate(zip(tickets.names, tickets.outputs, strict=True)):
             alone = tickets(data.inputs, ticket=name)[:, output].sigmoid()

@@ -74,6 +74,9 @@ def test_protocols_of_merged_runs_are_lines_of_their_own():
     assert list(drawn["dense, quick"].get_ydata()) == [0.7, 0.7]
     for method in ("RTL", "dense"):
         assert drawn[f"{method}, quick"].get_linestyle() != drawn[f"{method}, paper"].get_linestyle()
+    (legend,) = figure.legends  # under the panels, and not in one of them
+    assert {text.get_text() for text in legend.get_texts()} == drawn.keys()
+    assert figure.axes[0].get_legend() is None
 
 
 def test_one_seed_at_one_sparsity_is_drawn():

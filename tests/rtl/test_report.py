@@ -207,7 +207,10 @@ def test_the_time_a_run_took_is_said_below_its_table_and_added_up_of_several(tmp
     second[0].update(wall=30.5, resumed=0, workers=1)
     assert took(merged([first, second])[0]) == "In 1 min 30 s, resumed 1 time."
     del second[0]["wall"]
-    assert took(merged([first, second])[0]) == ""
+    partly = merged([first, second])  # said of the one that it is known of
+    said = f"{first[0]['command']}: In 1 min 00 s with 2 workers, resumed 1 time."
+    assert took(partly[0]) == took(merged([partly, results(row(seed=2))])[0]) == said
+    assert "wall" not in partly[0]
 
 
 def test_an_environment_value_two_of_three_runs_share_is_named_once():

@@ -353,6 +353,13 @@ def test_whatever_differs_from_the_protocol_is_named_for_the_methods_it_matters_
     assert dataclasses.replace(recipe("speech", "paper"), **changed).variant(method) == variant
 
 
+def test_every_method_is_trained_by_the_schedule_of_rates_that_is_asked_for():
+    config = dataclasses.replace(recipe("speech"), lr_schedule="cosine")
+    for method in config.methods:
+        assert config.fit(method, 2).rate(0.5) == pytest.approx(config.lr / 2)
+        assert config.variant(method) == "lr_schedule=cosine"
+
+
 def test_masks_do_not_depend_on_which_sparsities_are_asked_for():
     config = recipe("speech", "paper")
     some = dataclasses.replace(config, sparsities=(0.75,)).plan.rounds(37_368)

@@ -280,7 +280,8 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
     """The tables and details of several runs of one recipe as those of one, in that order.
 
     Commands are joined by " && "; of an environment that differs, all values are kept; times by the clock on the wall
-    are added up, if all are known, else "runs" has those that are; what the details say of tickets (their similarity, examples) is of the `main_run`.
+    are added up, if all are known, else "runs" has those that are; what the details say of tickets (their similarity,
+    examples) is of the `main_run`.
     Raises InputError for other recipes, or a row that two runs have.
     """
     (table, _), *others = results

@@ -5,6 +5,7 @@ with the octaves of B. Mildenhall et al., "NeRF", arXiv 2003.08934.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +26,21 @@ class INR(nn.Module):
     dense, so that both networks prune the same weights; at one seed those start equal.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, init: Literal["kaiming", "torch"] = "kaiming") -> None:
         super().__init__()
         self.recipe = {"name": "inr", "arguments": {"num_classes": num_classes}}
         self.num_classes = num_classes
         self.first = nn.Linear(FEATURES, WIDTH)
         self.hidden = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.last = nn.Linear(WIDTH, 3)
+        # The first layer's fan-in is the baseline's, whose weights tickets start from.
+        inputs = FEATURES + EMBEDDING
         for layer in (self.first, *self.hidden, self.last):
-            # Kaiming's; the first layer's fan-in is the baseline's, whose weights tickets start from.
-            fan_in = FEATURES + EMBEDDING if layer is self.first else WIDTH
-            nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_in))
-            nn.init.zeros_(layer.bias)
+            _draw(layer, inputs if layer is self.first else WIDTH, init)
         if num_classes:  # after all that both networks share, so that they draw equal numbers
             self.embedding = nn.Embedding(num_classes, EMBEDDING)
             self.of_class = nn.Linear(EMBEDDING, WIDTH, bias=False)
-            nn.init.normal_(self.of_class.weight, std=math.sqrt(2 / (FEATURES + EMBEDDING)))
+            _draw(self.of_class, inputs, init)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 2) coordinates in [-1, 1], or (B, 3) with the number of the region behind them, to colours (B, 3)."""
@@ -61,20 +61,32 @@ class INR(nn.Module):
         return isinstance(module, nn.Linear) and name != "of_class"
 
 
+def _draw(layer: nn.Linear, fan_in: int, init: str) -> None:
+    for parameter in layer.parameters():
+        if init == "torch":
+            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        elif parameter is layer.weight:
+            nn.init.normal_(parameter, std=math.sqrt(2 / fan_in))
+        else:
+            nn.init.zeros_(parameter)
+
+
 def fourier_features(x: Tensor) -> Tensor:
     """(B, 2) -> (B, 34): x, then sin and cos of 2^j·π·x for j = 0..7."""
     angles = (x[:, :, None] * (math.pi * 2 ** torch.arange(OCTAVES, device=x.device))).flatten(1)
     return torch.cat([x, angles.sin(), angles.cos()], 1)
 
 
-def inr(num_classes: int = 0) -> INR:
-    """The network of the picture experiment, Kaiming-initialised; see `INR`.
+def inr(num_classes: int = 0, init: Literal["kaiming", "torch"] = "kaiming") -> INR:
+    """The network of the picture experiment; see `INR`.
 
     Args:
         num_classes: regions of the baseline's class embedding; 0: none, a network of tickets.
+        init: "kaiming": weights from N(0, 2 / fan-in). "torch": as torch draws a linear layer, uniform with a variance
+            of 1 / (3 fan-in).
 
     Raises InputError for a number below 0. Source: arXiv 2601.22141, experiment 3.
     """
     if num_classes < 0:
         raise InputError(f"num_classes is {num_classes}, expected 0 (no class embedding) or more")
-    return INR(num_classes)
+    return INR(num_classes, init)

@@ -92,6 +92,16 @@ def conv_bn(
     return nn.Sequential(conv, norm, nn.ReLU()) if relu else nn.Sequential(conv, norm)
 
 
+def draw_as_torch_(model: nn.Module) -> None:
+    """Draws every convolution and linear layer anew as torch does: weights and biases uniform in ±1 / √fan-in.
+
+    That is Kaiming's with a = √5; of a transposed convolution torch takes the outputs for the fan-in.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            module.reset_parameters()
+
+
 def kaiming_(model: nn.Module) -> None:
     """Draws every weight of a convolution or linear layer from N(0, 2 / fan-in); their biases become 0.
 

@@ -231,7 +231,9 @@ def levels(config: Any) -> tuple[float, ...]:
 
 
 def check_choices(config: Any, of: Sequence[str] = ("seeds", "methods", "sparsities")) -> None:
-    """Raise InputError unless a configuration's settings `of` these names are one or more different values."""
+    """Raise InputError unless a configuration's settings `of` these names are one or more different values, and its
+    methods and θ0 ones there are.
+    """
     for name in of:
         values = getattr(config, name)
         if not values or len(set(values)) != len(values):
@@ -239,3 +241,5 @@ def check_choices(config: Any, of: Sequence[str] = ("seeds", "methods", "sparsit
     unknown = sorted(set(config.methods) - set(METHODS))
     if unknown:
         raise InputError(f"methods holds {unknown[0]!r}, expected some of {', '.join(METHODS)}")
+    if config.init not in ("kaiming", "torch"):
+        raise InputError(f"init is {config.init!r}, expected 'kaiming' or 'torch'")

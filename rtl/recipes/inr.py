@@ -42,7 +42,7 @@ from rtl.tasks import Pixels, psnr
 EPOCH_STEPS = 100  # what progress counts, and the shortest time between checkpoints
 Schedule = Literal["sequential", "mixed", "pooled"]
 SHOWN = (0.5, 0.75, 0.9)  # sparsities of the pictures
-_TRAINING = ("image", "mask", "images", "longest_side", "regions", "retrain_steps", "batch_size", "lr")
+_TRAINING = ("image", "mask", "images", "longest_side", "regions", "init", "retrain_steps", "batch_size", "lr")
 _PRUNED = (*_TRAINING, "milestones", "remove", "round_steps")
 # The settings that a method's result depends on, beside the schedule of a row.
 DEPENDS_ON: dict[Method, tuple[str, ...]] = {
@@ -65,6 +65,7 @@ class Inr:
         images: names of those to take; empty: all.
         longest_side: pixels that images are reduced to; None: not at all.
         regions: how many are found where there is no mask.
+        init: θ0, as in `rtl.models.inr`.
         seeds: one whole experiment each.
         methods: what is compared.
         sparsities: at which every method is retrained and evaluated.
@@ -96,6 +97,7 @@ class Inr:
     retrain_steps: int
     batch_size: int
     lr: float
+    init: Literal["kaiming", "torch"] = "kaiming"
     schedules: tuple[Schedule, ...] = ("pooled", "mixed")
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)  # both protocols'
 
@@ -258,7 +260,7 @@ def _trials(config: Inr, run: Run, parts: Partition) -> list[Trial]:
         tickets = method in ("rtl", "imp_multiple")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed_for("theta0"))
-            model = models.inr(0 if tickets else len(parts))
+            model = models.inr(0 if tickets else len(parts), config.init)
         own = parts if tickets else single
         for schedule in config.schedules if method == "rtl" else config.schedules[:1]:
             fits = config.fits(method, len(parts), schedule)

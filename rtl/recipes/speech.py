@@ -21,6 +21,7 @@ from rtl.errors import InputError
 from rtl.evaluate import predict
 from rtl.extract import PrunePlan
 from rtl.fit import Fit, masked_copy
+from rtl.models.small import draw_as_torch_
 from rtl.partition import by_metadata, whole
 from rtl.recipes.experiment import (
     Details,
@@ -40,7 +41,7 @@ from rtl.tasks import Enhancement
 
 HEARD: tuple[Method, ...] = ("rtl", "imp_single")  # in the examples
 _DATA = ("clip_seconds", "train_clips", "test_seconds", "test_clips", "snrs", "mix_seed")
-_TRAINING = (*_DATA, "retrain_epochs", "batch_size", "lr", "lr_schedule")
+_TRAINING = (*_DATA, "init", "retrain_epochs", "batch_size", "lr", "lr_schedule")
 _PRUNING = ("milestones", "remove", "round_epochs")
 # The settings that a method's result depends on.
 DEPENDS_ON: dict[Method, tuple[str, ...]] = {
@@ -72,6 +73,7 @@ class Speech:
         round_epochs: epochs of a round of extraction, the same for every method: there are no negatives.
         retrain_epochs: likewise of retraining.
         batch_size, lr, schedule, batch_norm, lr_schedule: as in `rtl.Fit`.
+        init: θ0, as in `Classification`.
     """
 
     recipe: str
@@ -94,6 +96,7 @@ class Speech:
     schedule: Literal["sequential", "mixed", "pooled"] = "sequential"
     batch_norm: Literal["per_ticket", "shared", "recalibrated"] = "per_ticket"
     lr_schedule: Literal["constant", "cosine"] = "constant"
+    init: Literal["kaiming", "torch"] = "kaiming"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -177,6 +180,8 @@ def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(here.seed_for("theta0"))
             model = models.speech_unet()
+            if config.init == "torch":
+                draw_as_torch_(model)
         for method in config.methods:
             tickets = method in ("rtl", "imp_multiple")
             trials.append(

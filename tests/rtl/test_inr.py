@@ -66,6 +66,18 @@ def test_the_tickets_weights_are_the_baselines_without_the_columns_of_the_embedd
     assert abs(float(alone.first.weight.detach().std()) / math.sqrt(2 / 50) - 1) < 0.05
 
 
+def test_both_networks_start_equal_as_torch_draws_them_too():
+    alone, told = (seeded(lambda classes: inr(classes, "torch"), classes) for classes in (0, 5))
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(told.get_parameter(name), parameter)
+        fan_in = 50 if name.startswith("first") else 128
+        assert float(parameter.detach().abs().max()) * math.sqrt(fan_in) <= 1
+        assert float(parameter.detach().std()) == pytest.approx(
+            1 / math.sqrt(3 * fan_in), rel=0.05 if parameter.dim() == 2 else 0.6
+        )
+    assert float(told.of_class.weight.detach().std()) == pytest.approx(1 / math.sqrt(3 * 50), rel=0.05)
+
+
 def test_features_are_the_coordinates_and_their_octaves():
     x = torch.tensor([[0.25, -0.5]])
     found = fourier_features(x)[0]
@@ -174,6 +186,7 @@ def test_the_committed_run_is_the_recipes_and_goes_on(tmp_path):
         ({"methods": ("magic",)}, "methods holds 'magic'"),
         ({"batch_size": 1}, "batch_size is 1"),
         ({"sparsities": ()}, "sparsities is"),
+        ({"init": "zero"}, "init is 'zero', expected 'kaiming' or 'torch'"),
     ],
 )
 def test_a_bad_setting_is_refused_when_the_configuration_is_made(changed, message):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sounds import noise, sf, tone, write
 from test_models import prunable_weights
 from toys import quiet, seeded, tree
@@ -381,6 +382,7 @@ def test_masks_do_not_depend_on_which_sparsities_are_asked_for():
         ({"seeds": (1, 1)}, "seeds is"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"batch_norm": "none"}, "batch_norm is 'none'"),
+        ({"init": "zero"}, "init is 'zero', expected 'kaiming' or 'torch'"),
     ],
 )
 def test_a_bad_setting_is_refused_when_the_configuration_is_made(changed, message):
@@ -410,6 +412,19 @@ def experiment(tmp_path_factory):
     data = load_data(MICRO, Path(root))
     run = quiet(tmp_path_factory.mktemp("speech"))
     return run, data, *run_recipe(MICRO, run, data)
+
+
+def test_theta0_is_drawn_as_asked(experiment, tmp_path):
+    """A learning rate too small to move the weights leaves them where they start: at the scale that is asked for."""
+    still = dataclasses.replace(MICRO, methods=("dense",), lr=1e-9)
+    scales = {}
+    for init in ("kaiming", "torch"):
+        run = quiet(tmp_path / init)
+        run_recipe(dataclasses.replace(still, init=init), run, experiment[1])
+        (weights,) = run.path.glob("seed-0/dense/**/network.safetensors")
+        scales[init] = float(load_file(weights)["down.4.weight"].std())
+    assert scales["kaiming"] == pytest.approx(math.sqrt(2 / 216), rel=0.05)
+    assert scales["torch"] == pytest.approx(math.sqrt(1 / 3 / 216), rel=0.05)
 
 
 def test_a_row_has_every_scene_and_their_mean(experiment):

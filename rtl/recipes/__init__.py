@@ -61,6 +61,7 @@ def cifar10(protocol: str = "reduced") -> Classification:
         retrain_epochs=4 if reduced else 10,
         batch_size=320,
         lr=1e-3 if reduced else 1e-4,
+        init="torch",
     )
 
 
@@ -94,7 +95,7 @@ def cifar10_switches(protocol: str = "quick") -> Classification:
             "start=extracted",
             "scope=layer",
             "trained=dense",
-            "init=torch",
+            "init=kaiming",
             "lr=0.001",
             "round_epochs=3",
         ),

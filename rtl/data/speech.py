@@ -23,6 +23,7 @@ RATE = 16_000  # samples a second
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 TEST_SHARE = 5  # without a split given, one group in so many is for testing
 PEAK = 0.99  # a louder mixture is turned down, with its clean speech
+UNKNOWN = 2**63 - 1  # samples, to libsndfile: of FLAC written to a pipe
 FAINT = 1e-3  # of a recording's mean power: a crop below it (-30 dB) is a pause
 
 
@@ -83,15 +84,29 @@ def read_audio(file: str | os.PathLike[str], rate: int = RATE) -> np.ndarray:
         InputError: a file that cannot be read, without samples, or with samples that are not finite; or soundfile is
             not installed.
     """
-    soundfile = soundfile_module()
-    try:
-        channels, found = soundfile.read(str(file), dtype="float32", always_2d=True)
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"file is {str(file)!r}, which cannot be read as audio: {error}") from error
+    with open_audio(file) as audio:
+        found = audio.samplerate
+        try:
+            channels = audio.read(audio.frames, dtype="float32", always_2d=True)
+        except RuntimeError as error:
+            raise InputError(f"file is {str(file)!r}, which cannot be read as audio: {error}") from error
     check_samples(channels, file, 0, found)
     if len(channels) == 0:
         raise InputError(f"file is {str(file)!r}, which holds no samples: leave it out")
     return resample(channels.mean(1, dtype=np.float64), found, rate).astype(np.float32)
+
+
+def open_audio(file: str | os.PathLike[str]) -> Any:
+    """The `soundfile.SoundFile` of a recording. Raises InputError if it cannot be read, or soundfile is missing."""
+    soundfile = soundfile_module()
+    try:
+        audio = soundfile.SoundFile(str(file))
+    except (RuntimeError, OSError, TypeError) as error:  # TypeError: of .raw, which does not say its rate
+        raise InputError(f"file is {str(file)!r}, which cannot be read as audio: {error}") from error
+    if audio.frames >= UNKNOWN:
+        audio.close()
+        raise InputError(f"file is {str(file)!r}, which does not say how long it is: write it anew, as WAV for one")
+    return audio
 
 
 def check_samples(samples: np.ndarray, file: str | os.PathLike[str], start: int, rate: int) -> None:

@@ -133,6 +133,15 @@ def test_recordings_that_cannot_be_used_are_refused(tmp_path):
         read_audio(tmp_path / "text.wav")
     with pytest.raises(InputError, match="which holds no samples"):
         read_audio(write(tmp_path / "empty.wav", np.empty(0, np.float32)))
+    (tmp_path / "a.raw").write_bytes(bytes(100))
+    with pytest.raises(InputError, match=r"a\.raw', which cannot be read as audio: samplerate"):
+        read_audio(tmp_path / "a.raw")
+    piped = bytearray(write(tmp_path / "a.flac", tone(0.1)).read_bytes())
+    piped[21] &= 0xF0  # 36 bits: the number of samples
+    piped[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(piped)
+    with pytest.raises(InputError, match=r"a\.flac', which does not say how long it is"):
+        read_audio(tmp_path / "a.flac")
     bad = tone(0.5)
     bad[1600] = np.nan
     with pytest.raises(InputError, match=r"NaN or infinity at sample 1600 \(0.100 s\)"):

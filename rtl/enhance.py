@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from rtl.data.speech import PEAK, RATE, check_samples, resample, soundfile_module
+from rtl.data.speech import AUDIO_ENDINGS, PEAK, RATE, check_samples, open_audio, resample, soundfile_module
 from rtl.errors import InputError
 from rtl.models import SpeechUNet
 from rtl.predict import open_run
@@ -21,6 +21,8 @@ from rtl.tickets import TicketNetwork, position
 
 WINDOW_SECONDS = 10.0  # what the network hears at once
 OVERLAP_SECONDS = 1.0  # in which one window fades into the next
+BYTES = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}  # a sample
+LARGEST = 2**32 - 2**12  # bytes of samples in WAV and AIFF: libsndfile writes on, and the end cannot be read
 
 
 def load_network(run: str | os.PathLike[str], sparsity: float | None = None) -> TicketNetwork:
@@ -63,34 +65,50 @@ def enhance(
     """
     position(net.names, scene)
     net.eval()
-    soundfile = soundfile_module()
     target = Path(target)
-    container = target.suffix.lstrip(".").upper()
-    if container not in soundfile.available_formats():
-        raise InputError(f"output is {str(target)!r}, whose ending names no audio format: take .wav or .flac")
+    if target.suffix.lower() not in AUDIO_ENDINGS:
+        endings = ", ".join(AUDIO_ENDINGS)
+        raise InputError(f"output is {str(target)!r}, whose ending names no audio format: take one of {endings}")
     if not target.parent.is_dir():
         raise InputError(f"output is {str(target)!r}, but there is no folder {str(target.parent)!r}: make it first")
-    try:
-        opened = soundfile.SoundFile(str(source))
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"file is {str(source)!r}, which cannot be read as audio: {error}") from error
-    _sweep(target)
-    with opened as audio, tempfile.TemporaryFile(dir=target.parent) as samples:
+    if target.is_dir():
+        raise InputError(f"output is {str(target)!r}, which is a folder: give a file")
+    with open_audio(source) as audio:
         if audio.frames == 0:
             raise InputError(f"file is {str(source)!r}, which holds no samples: there is nothing to enhance")
-        peak = _stream(net, scene, audio, samples, str(source), progress or Progress(quiet=True))
-        gain = 1.0 if peak <= 1 else PEAK / peak
-        subtype = audio.subtype if soundfile.check_format(container, audio.subtype) else None
+        _sweep(target)
         with (
+            tempfile.TemporaryFile(dir=target.parent) as samples,
             replacing(target) as temporary,
-            soundfile.SoundFile(
-                str(temporary), "x", audio.samplerate, audio.channels, subtype, format=container
-            ) as written,
+            _opened_like(audio, temporary, target) as written,  # first: what cannot be written is not worked for
         ):
+            peak = _stream(net, scene, audio, samples, str(source), progress or Progress(quiet=True))
+            gain = 1.0 if peak <= 1 else PEAK / peak
             samples.seek(0)
             while data := samples.read(audio.channels * 4 * RATE):
                 written.write(np.frombuffer(data, np.float32).reshape(-1, audio.channels) * np.float32(gain))
     return gain
+
+
+def _opened_like(audio: Any, file: Path, target: Path) -> Any:
+    """A new soundfile.SoundFile in the format of the target's ending, for what `audio` holds."""
+    soundfile = soundfile_module()
+    ending = target.suffix.lstrip(".").upper()
+    container = "AIFF" if ending == "AIF" else ending
+    subtype = audio.subtype if soundfile.check_format(container, audio.subtype) else None
+    try:
+        written = soundfile.SoundFile(str(file), "x", audio.samplerate, audio.channels, subtype, format=container)
+    except (RuntimeError, ValueError) as error:
+        reason = getattr(error, "error_string", error)  # without the temporary file's name
+        raise InputError(
+            f"output is {str(target)!r}, which cannot have {audio.samplerate} samples a second and {audio.channels} "
+            f"channels: {reason}"
+        ) from error
+    size = audio.frames * audio.channels * BYTES.get(written.subtype, 0)
+    if container in ("WAV", "AIFF") and size > LARGEST:
+        written.close()
+        raise InputError(f"output is {str(target)!r}, a format of 4 GiB at most, but {size} bytes are needed: take FLAC")
+    return written
 
 
 def _sweep(target: Path) -> None:
@@ -106,16 +124,16 @@ def _stream(net: TicketNetwork, scene: str, audio: Any, out: IO[bytes], name: st
     rising = ((np.arange(overlap) + 0.5) / overlap)[:, None]
     kept = np.empty((0, channels), np.float32)  # the end of the window before, which this one begins with
     fading = np.empty((0, channels), np.float32)  # that end, enhanced
-    peak = 0.0
+    peak, start = 0.0, 0  # counted: recordings of some encodings, such as GSM 06.10, have no position to ask for
     with progress.task(Path(name).name, audio.frames) as task:
         while True:
-            start = audio.tell()
             try:
                 fresh = audio.read(length - len(kept), dtype="float32", always_2d=True)
             except RuntimeError as error:
                 raise InputError(f"file is {name!r}, which cannot be read at sample {start}: {error}") from error
             check_samples(fresh, name, start, rate)
-            last = len(fresh) < length - len(kept) or audio.tell() >= audio.frames
+            start += len(fresh)
+            last = len(fresh) < length - len(kept) or start >= audio.frames
             window = np.concatenate([kept, fresh])
             found = _enhanced(net, scene, window, rate)
             both = len(fading)
@@ -131,7 +149,8 @@ def _stream(net: TicketNetwork, scene: str, audio: Any, out: IO[bytes], name: st
 
 def _enhanced(net: TicketNetwork, scene: str, window: np.ndarray, rate: int) -> np.ndarray:
     """(samples, channels) float32 at `rate`, and so returned."""
-    x = torch.from_numpy(resample(window.astype(np.float64), rate, RATE).T.astype(np.float32))
+    scale = max(1.0, float(np.abs(window).max(initial=0)))  # squares of what is far beyond full scale are infinite
+    x = torch.from_numpy(resample(window.astype(np.float64) / scale, rate, RATE).T.astype(np.float32))
     y = net(x.contiguous(), ticket=scene).numpy().T
-    back: np.ndarray = resample(y.astype(np.float64), RATE, rate)[: len(window)].astype(np.float32)
+    back: np.ndarray = (scale * resample(y.astype(np.float64), RATE, rate)[: len(window)]).astype(np.float32)
     return back

@@ -119,6 +119,22 @@ def test_depth_is_the_sources_where_the_format_has_it(tmp_path, net, subtype, ou
     assert sf.info(tmp_path / out).subtype == found
 
 
+@pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "IMA_ADPCM", "ULAW"])
+def test_encodings_that_have_no_place_to_jump_to_are_read_to_their_end(tmp_path, short_windows, subtype):
+    source = write(tmp_path / "a.wav", tone(1.3, 8000), 8000, subtype=subtype)
+    (y, rate, _), (x, _) = through(Same(), source), sf.read(source)
+    assert (len(y), rate) == (len(x), 8000)
+    assert np.corrcoef(x, y[:, 0])[0, 1] > 0.9
+
+
+def test_what_is_far_beyond_full_scale_comes_out_finite(tmp_path, net):
+    x = noise(0.3, level=1e20)
+    y, _, gain = through(net, write(tmp_path / "a.wav", x, subtype="FLOAT"))
+    expected, *_ = through(net, write(tmp_path / "b.wav", x / np.abs(x).max(), subtype="FLOAT"))
+    assert gain < 1e-19
+    np.testing.assert_allclose(y * np.abs(expected).max() / 0.99, expected, atol=1e-4)
+
+
 def test_a_file_may_be_replaced_by_its_enhanced_self(tmp_path, net):
     before = write(tmp_path / "a.wav", noise(0.2)).read_bytes()
     y, *_ = through(net, tmp_path / "a.wav", out="a.wav")
@@ -138,6 +154,27 @@ def test_what_cannot_be_enhanced_leaves_no_file(tmp_path, net, short_windows, sa
     with pytest.raises(InputError, match=message):
         through(net, source)
     assert [f.name for f in tmp_path.iterdir()] == ["a.wav"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "rate", "out", "message"),
+    [
+        (9, RATE, "out.flac", "which cannot have 16000 samples a second and 9 channels"),
+        (1, 96_000, "out.mp3", "which cannot have 96000 samples a second and 1 channels: .*MPEG"),
+        (1, 96_000, "out.xi", r"whose ending names no audio format: take one of \.wav, \.flac"),  # 44,100 Hz only
+        (1, RATE, "folder.wav", "which is a folder"),
+        (2, RATE, "out.wav", "a format of 4 GiB at most, but 32000 bytes are needed: take FLAC"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, channels, rate, out, message):
+    monkeypatch.setattr(enhancing, "LARGEST", 30_000)
+    source = write(tmp_path / "a.wav", np.zeros((8000, channels), np.float32), rate)
+    (tmp_path / "folder.wav").mkdir()
+    same = Same()
+    with pytest.raises(InputError, match=message):
+        through(same, source, out=out)
+    assert not same.seconds
+    assert {f.name for f in tmp_path.iterdir()} == {"a.wav", "folder.wav"}
 
 
 def test_what_a_killed_call_left_beside_the_target_goes_with_the_next(tmp_path, net):

@@ -214,7 +214,8 @@ def _curves(run: RunView) -> str:
         for (method, name), points in _by_method(rows, key).items():
             if method == "dense":
                 level = points[0][1]
-                ends = [min(r["sparsity"] for r in rows if r["method"] != "dense"), max(r["sparsity"] for r in rows)]
+                pruned = [r["sparsity"] for r in rows if r["method"] != "dense"]
+                ends = min(pruned, default=0.0), max(pruned, default=1.0)
                 series.append(Series(name, [(s, level) for s in ends], 9, "dashed" if method in first else "dotted"))
             else:
                 series.append(Series(name, points, first[method] if method in first else next(further)))

@@ -183,8 +183,9 @@ def test_what_is_to_be_known_of_the_papers_figures_stands_below_them(folder):
     assert said not in "".join(Outline(page([view])).text)
 
 
-def test_a_run_with_little_shows_what_it_has(tmp_path):
-    table = {"recipe": "digits", "command": "rtl run digits", "environment": environment(), "rows": [row()]}
+@pytest.mark.parametrize("only", [row(), row("dense", 0.0)], ids=["rtl", "dense"])
+def test_a_run_with_little_shows_what_it_has(tmp_path, only):
+    table = {"recipe": "digits", "command": "rtl run digits", "environment": environment(), "rows": [only]}
     write_results(tmp_path / "small", table, {"class_names": [], "per_class": []})
     text = page([RunView.read(tmp_path / "small")])
     assert re.findall(r"<h2[^>]*>([^<]*)</h2>", text) == ["Results", "Against sparsity", "Cost", "What was run"]

@@ -1,5 +1,6 @@
 """What every recipe reads: samples and targets held in memory, and the folder that real data lies in."""
 
+import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,6 +177,24 @@ def data_root(path: str | os.PathLike[str] | None) -> Path:
         reason = "is not a folder" if folder.exists() else "does not exist"
         raise InputError(f"{source} is {str(folder)!r}, which {reason}: give a folder that holds the data")
     return folder
+
+
+def read_csv(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """The lines of a CSV file below its headings: the number of each in the file, and its values, "" for none.
+
+    Raises InputError: the file is no CSV in UTF-8 (with or without the mark that Excel begins with), or lacks one of
+    `columns`.
+    """
+    with open(file, newline="", encoding="utf-8-sig") as text:
+        reader = csv.DictReader(text, restval="")
+        try:
+            missing = [column for column in columns if column not in (reader.fieldnames or ())]
+            if missing:
+                expected = f"{', '.join(columns[:-1])} and {columns[-1]}"
+                raise InputError(f"{file} lacks the column {missing[0]}, expected {expected}")
+            return [(reader.line_num, line) for line in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
 
 
 def _input_tensor(sample: Any, position: int) -> Tensor:

@@ -6,7 +6,6 @@ arXiv 1608.05442), and plain label images. 0, or black, is a pixel without label
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtl.data.base import Data
+from rtl.data.base import Data, read_csv
 from rtl.errors import InputError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -233,17 +232,13 @@ def _classes(file: Path) -> dict[str, dict[int, str]]:
     """Names of the labels of each image."""
     found: dict[str, dict[int, str]] = {}
     if file.is_file():
-        with open(file, newline="") as lines:
-            reader = csv.DictReader(lines)
-            if not {"image", "mask_value", "name"} <= set(reader.fieldnames or ()):
-                raise InputError(f"{file} has the columns {reader.fieldnames}, expected image, mask_value and name")
-            for line in reader:
-                if not line["mask_value"].isdecimal() or not line["name"]:
-                    raise InputError(
-                        f"{file} has mask_value {line['mask_value']!r}, name {line['name']!r} in line "
-                        f"{reader.line_num}, expected a number and a name"
-                    )
-                found.setdefault(line["image"], {})[int(line["mask_value"])] = line["name"].split(",")[0]
+        for number, line in read_csv(file, ("image", "mask_value", "name")):
+            if not line["mask_value"].isdecimal() or not line["name"]:
+                raise InputError(
+                    f"{file} has mask_value {line['mask_value']!r}, name {line['name']!r} in line {number}, expected a "
+                    "number and a name"
+                )
+            found.setdefault(line["image"], {})[int(line["mask_value"])] = line["name"].split(",")[0]
     return found
 
 

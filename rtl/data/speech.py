@@ -5,7 +5,6 @@ Everything is mono at 16 kHz in memory: other rates are resampled, channels aver
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rtl.data.base import Data
+from rtl.data.base import Data, read_csv
 from rtl.errors import InputError
 
 RATE = 16_000  # samples a second
@@ -56,7 +55,7 @@ def corpus(root: str | os.PathLike[str]) -> list[Recording]:
             where there are no folders).
 
     Raises:
-        InputError: neither is there, a manifest that is not as said, a group in both splits, no scene, or a split
+        InputError: neither is there, a manifest that is not as said, a group or a file in both splits, no scene, or a split
             without speech or without noise of a scene.
     """
     folder = Path(root).expanduser()
@@ -233,25 +232,19 @@ def _in_turn(recordings: Sequence[Recording], generator: np.random.Generator) ->
 
 
 def _from_manifest(manifest: Path) -> Iterator[Recording]:
-    groups: dict[str, str] = {}
-    with open(manifest, newline="") as lines:
-        reader = csv.DictReader(lines)
-        missing = sorted({"file", "kind", "scene", "split"} - set(reader.fieldnames or ()))
-        if missing:
-            raise InputError(f"{manifest} lacks the column {missing[0]}, expected file, kind, scene and split")
-        for line in reader:
-            here = f"{manifest}, line {reader.line_num}"
-            if line["kind"] not in ("speech", "noise") or line["split"] not in ("train", "test"):
-                raise InputError(
-                    f"{here}: kind is {line['kind']!r} and split {line['split']!r}, expected speech or noise, train or "
-                    "test"
-                )
-            if (line["kind"] == "noise") != bool(line["scene"]):
-                raise InputError(f"{here}: scene is {line['scene']!r} of {line['kind']}, expected one for noise alone")
-            group = f"{line['kind']} {line.get('group') or line['file']}"
-            if groups.setdefault(group, line["split"]) != line["split"]:
-                raise InputError(f"{here}: {group!r} is in train and in test, expected in one of them")
-            yield Recording(manifest.parent / line["file"], line["file"], line["scene"], line["split"])
+    splits: dict[str, str] = {}  # of groups and files
+    for number, line in read_csv(manifest, ("file", "kind", "scene", "split")):
+        here = f"{manifest}, line {number}"
+        if line["kind"] not in ("speech", "noise") or line["split"] not in ("train", "test"):
+            raise InputError(
+                f"{here}: kind is {line['kind']!r} and split {line['split']!r}, expected speech or noise, train or test"
+            )
+        if (line["kind"] == "noise") != bool(line["scene"]):
+            raise InputError(f"{here}: scene is {line['scene']!r} of {line['kind']}, expected one for noise alone")
+        for one in (f"{line['kind']} {line.get('group') or line['file']}", os.path.normpath(line["file"])):
+            if splits.setdefault(one, line["split"]) != line["split"]:
+                raise InputError(f"{here}: {one!r} is in train and in test, expected in one of them")
+        yield Recording(manifest.parent / line["file"], line["file"], line["scene"], line["split"])
 
 
 def _from_folders(folder: Path) -> Iterator[Recording]:

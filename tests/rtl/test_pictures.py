@@ -250,6 +250,9 @@ def test_labels_have_the_first_of_their_names(tmp_path):
     (folder / "classes.csv").write_text("image,name\na,sky\n")
     with pytest.raises(InputError, match="expected image, mask_value and name"):
         pictures(folder)
+    (folder / "classes.csv").write_text("image,name,mask_value\na,sky\n", encoding="utf-8-sig")
+    with pytest.raises(InputError, match="mask_value '', name 'sky' in line 2, expected a number and a name"):
+        pictures(folder)
 
 
 def test_a_folder_without_images_and_masks_is_refused(tmp_path):

@@ -90,7 +90,10 @@ HEADER = "file,kind,scene,split,group\n"
         (HEADER + "a.wav,music,,train,\n", "line 2: kind is 'music' and split 'train'"),
         (HEADER + "a.wav,noise,,train,\n", "scene is '' of noise, expected one for noise alone"),
         (HEADER + "a.wav,speech,,train,x\nb.wav,speech,,test,x\n", "'speech x' is in train and in test"),
-        (HEADER + "a.wav,speech,,train,x\na.wav,speech,,test,\n", "which has no noise of any scene"),
+        (HEADER + "a.wav,speech,,train,x\n./a.wav,speech,,test,y\n", "'a.wav' is in train and in test"),
+        (HEADER + "a.wav,speech,,train,x\na.wav,noise,s,test,y\n", "'a.wav' is in train and in test"),
+        (HEADER + "a.wav,speech\n", "line 2: kind is 'speech' and split ''"),
+        (HEADER + "a.wav,speech,,train,x\nb.wav,speech,,test,\n", "which has no noise of any scene"),
         (HEADER + "a.wav,speech,,train,\nb.wav,noise,s,train,\nc.wav,noise,s,test,\n", "no clean speech for test"),
         (HEADER + "a.wav,speech,,train,\nb.wav,speech,,test,\nc.wav,noise,s,train,\n", "no noise of 's' for test"),
     ],
@@ -98,6 +101,15 @@ HEADER = "file,kind,scene,split,group\n"
 def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, text, message):
     (tmp_path / "manifest.csv").write_text(text)
     with pytest.raises(InputError, match=message):
+        corpus(tmp_path)
+
+
+def test_a_manifest_may_come_from_excel_and_has_to_be_utf_8(tmp_path):
+    text = HEADER + "ä.wav,speech,,train,\nb.wav,speech,,test,\nc.wav,noise,s,train,\nd.wav,noise,s,test,\n"
+    (tmp_path / "manifest.csv").write_text(text, encoding="utf-8-sig")
+    assert [r.name for r in corpus(tmp_path)] == ["b.wav", "c.wav", "d.wav", "ä.wav"]
+    (tmp_path / "manifest.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"manifest\.csv cannot be read as CSV in UTF-8"):
         corpus(tmp_path)
 
 

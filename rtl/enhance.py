@@ -107,7 +107,7 @@ def _opened_like(audio: Any, file: Path, target: Path) -> Any:
     size = audio.frames * audio.channels * BYTES.get(written.subtype, 0)
     if container in ("WAV", "AIFF") and size > LARGEST:
         written.close()
-        raise InputError(f"output is {str(target)!r}, a format of 4 GiB at most, but {size} bytes are needed: take FLAC")
+        raise InputError(f"output is {str(target)!r}, a format of 4 GiB at most, but this takes {size} bytes: use FLAC")
     return written
 
 

@@ -55,8 +55,8 @@ def corpus(root: str | os.PathLike[str]) -> list[Recording]:
             where there are no folders).
 
     Raises:
-        InputError: neither is there, a manifest that is not as said, a group or a file in both splits, no scene, or a split
-            without speech or without noise of a scene.
+        InputError: neither is there, a manifest that is not as said, a group or a file in both splits, no scene, or a
+            split without speech or without noise of a scene.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():

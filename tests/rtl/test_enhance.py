@@ -163,7 +163,7 @@ def test_what_cannot_be_enhanced_leaves_no_file(tmp_path, net, short_windows, sa
         (1, 96_000, "out.mp3", "which cannot have 96000 samples a second and 1 channels: .*MPEG"),
         (1, 96_000, "out.xi", r"whose ending names no audio format: take one of \.wav, \.flac"),  # 44,100 Hz only
         (1, RATE, "folder.wav", "which is a folder"),
-        (2, RATE, "out.wav", "a format of 4 GiB at most, but 32000 bytes are needed: take FLAC"),
+        (2, RATE, "out.wav", "a format of 4 GiB at most, but this takes 32000 bytes: use FLAC"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, channels, rate, out, message):

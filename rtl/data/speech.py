@@ -210,6 +210,7 @@ def soundfile_module() -> Any:
 
 
 def _crop(samples: np.ndarray, length: int, recording: Recording, generator: np.random.Generator) -> np.ndarray:
+    varies = float(np.ptp(samples)) > 0  # a constant is heard by nobody, and SI-SNR takes it out: no noise is left
     if len(samples) < length:
         if recording.scene:
             samples = np.tile(samples, -(-length // len(samples)))
@@ -219,7 +220,7 @@ def _crop(samples: np.ndarray, length: int, recording: Recording, generator: np.
     for _ in range(50):
         start = int(generator.integers(len(samples) - length + 1))
         crop = samples[start : start + length]
-        if whole > 0 and float(np.square(crop, dtype=np.float64).mean()) >= FAINT * whole:
+        if varies and float(np.square(crop, dtype=np.float64).mean()) >= FAINT * whole:
             return crop
     raise InputError(f"file is {str(recording.file)!r}, which is silent: leave it out of the corpus")
 

@@ -226,10 +226,11 @@ def test_mixtures_of_nothing_are_refused(recordings, tmp_path):
             mixtures(recordings, "train", *arguments)
     with pytest.raises(InputError, match="seed is -1, expected 0 or more"):
         mixtures(recordings, "train", 1, 1.0, (0,), -1)
-    silent = write(tmp_path / "silent.wav", np.zeros(RATE, np.float32))
-    broken = [dataclasses.replace(r, file=silent) if r.scene else r for r in recordings]
-    with pytest.raises(InputError, match=r"silent\.wav', which is silent: leave it out"):
-        mixtures(broken, "train", 1, 0.5, (0,))
+    for samples in (np.zeros(RATE), np.full(RATE, 0.1), np.full(1, 0.1)):
+        silent = write(tmp_path / "silent.wav", samples)
+        broken = [dataclasses.replace(r, file=silent) if r.scene else r for r in recordings]
+        with pytest.raises(InputError, match=r"silent\.wav', which is silent: leave it out"):
+            mixtures(broken, "train", 1, 0.5, (0,))
 
 
 # The network

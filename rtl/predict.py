@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rtl import route
 from rtl.data import Data
+from rtl.data.base import check_depth
 from rtl.errors import InputError
 from rtl.run import write_atomically
 from rtl.tickets import TicketNetwork, saved_levels
@@ -66,7 +67,7 @@ class Inputs:
         """
         samples, names = [], []
         for file in files:
-            found = self._array(file) if file.suffix == ".npy" else self._picture(file, resize)[None]
+            found = self._array(file) if file.suffix.lower() == ".npy" else self._picture(file, resize)[None]
             samples.append(found)
             names += [str(file)] if len(found) == 1 else [f"{file}[{i}]" for i in range(len(found))]
         inputs = torch.cat(samples)
@@ -80,8 +81,9 @@ class Inputs:
             raise InputError(f"file is {str(file)!r}, but samples have shape {self.shape}: give .npy arrays")
         try:
             with Image.open(file) as opened:
+                check_depth(opened, f"file is {str(file)!r}")
                 image = opened.convert("L" if self.shape[0] == 1 else "RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise InputError(f"file is {str(file)!r}, which cannot be read as a picture ({error})") from error
         height, width = self.shape[1:]
         if resize:
@@ -97,8 +99,10 @@ class Inputs:
     def _array(self, file: Path) -> Tensor:
         try:
             array = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:  # EOFError: it is empty
             raise InputError(f"file is {str(file)!r}, which cannot be read as an array ({error})") from error
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"file is {str(file)!r}, an archive of arrays: give each as a .npy file")
         if array.shape == self.shape:
             array = array[None]
         pixels = array.dtype == np.uint8  # which scale other whole numbers have is not known
@@ -107,7 +111,10 @@ class Inputs:
                 f"file is {str(file)!r}, {array.dtype} of shape {array.shape}, but samples are floats (or uint8 "
                 f"pixels) of shape {self.shape}, one or several"
             )
-        values = torch.from_numpy(array.astype(np.float32))
+        with np.errstate(over="ignore"):  # said below
+            values = torch.from_numpy(array.astype(np.float32))
+        if not bool(values.isfinite().all()):
+            raise InputError(f"file is {str(file)!r}, which holds NaN, infinity or what float32 cannot hold")
         return values / 255 if pixels else values
 
 

@@ -197,10 +197,17 @@ def read_csv(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, st
             raise InputError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
 
 
+def check_depth(image: Any, what: str) -> None:
+    """Raise InputError, beginning with `what`, for a PIL picture of more than 8 bits: converting it cuts off at 255."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise InputError(f"{what}, of mode {image.mode}: give one of 8 bits a channel, or an array of floats")
+
+
 def _input_tensor(sample: Any, position: int) -> Tensor:
     from PIL import Image
 
     if isinstance(sample, Image.Image):
+        check_depth(sample, f"the input of dataset[{position}] is a picture")
         sample = np.asarray(sample if sample.mode in ("L", "RGB") else sample.convert("RGB"))
     if isinstance(sample, np.ndarray) and sample.dtype.kind in "uf":
         value = torch.tensor(sample)

@@ -164,6 +164,7 @@ def test_the_class_names_of_a_torchvision_dataset_are_taken_over():
         ([(torch.zeros(2, dtype=torch.int64), 0)], "torch.int64"),
         ([(np.zeros(2, dtype=object), 0)], "ndarray of object"),
         ([("cat.png", 0)], "is a str"),
+        ([(Image.fromarray(np.full((2, 2), 300, dtype=np.uint16)), 0)], r"dataset\[0\] is a picture, of mode I;16"),
         ([(torch.zeros(2), "cat")], r"the label of dataset\[0\] is 'cat'"),
     ],
 )

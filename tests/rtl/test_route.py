@@ -272,7 +272,8 @@ def test_files_are_routed_and_answered(digits_run, tmp_path, capsys, by):
     _, test = rtl.data.digits()
     Image.fromarray((test.inputs[0, 0] * 255).round().to(torch.uint8).numpy()).save(tmp_path / "one.png")
     np.save(tmp_path / "many.npy", test.inputs[1:40].numpy())
-    files = [str(tmp_path / "one.png"), str(tmp_path / "many.npy")]
+    (tmp_path / "many.npy").rename(tmp_path / "many.NPY")
+    files = [str(tmp_path / "one.png"), str(tmp_path / "many.NPY")]
     assert main(["predict", str(digits_run), *files, "--by", by, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["sample"] for row in rows] == [files[0], *(f"{files[1]}[{i}]" for i in range(39))]
@@ -304,6 +305,12 @@ def test_a_context_is_named_and_the_table_is_printed(digits_run, tmp_path, capsy
         (["bad.npy"], "int64 of shape (8, 8), but samples are floats (or uint8 pixels) of shape (1, 8, 8)"),
         (["text.npy"], "cannot be read as an array"),
         (["deep.npy"], "uint16 of shape (1, 1, 8, 8), but samples are floats (or uint8 pixels)"),
+        (["deep.png"], "file is 'deep.png', of mode I;16: give one of 8 bits a channel"),
+        (["empty.npy"], "file is 'empty.npy', which cannot be read as an array"),
+        (["archive.npy"], "file is 'archive.npy', an archive of arrays: give each as a .npy file"),
+        (["nan.npy"], "file is 'nan.npy', which holds NaN, infinity or what float32 cannot hold"),
+        (["huge.npy"], "file is 'huge.npy', which holds NaN, infinity or what float32 cannot hold"),
+        (["folder"], "file is 'folder', which cannot be read as a picture"),
         (["big.png", "--resize", "--by", "dog"], "ticket is 'dog', expected one of 0, 1"),
         (["big.png", "--sparsity", "0.9"], "sparsity is 0.9, but the run has tickets at 0.5"),
     ],
@@ -313,6 +320,13 @@ def test_what_cannot_be_predicted_is_said_in_one_line(digits_run, tmp_path, caps
     Image.new("RGB", (9, 8)).save("big.png")
     np.save("bad.npy", np.zeros((8, 8), dtype=np.int64))
     np.save("deep.npy", np.zeros((1, 8, 8), dtype=np.uint16))
+    Image.fromarray(np.full((8, 8), 300, dtype=np.uint16)).save("deep.png")
+    np.save("nan.npy", np.full((1, 8, 8), np.nan))
+    np.save("huge.npy", np.full((1, 8, 8), 1e300))
+    np.savez("archive.npz", np.zeros((1, 8, 8)))
+    Path("archive.npz").rename("archive.npy")
+    Path("empty.npy").touch()
+    Path("folder").mkdir()
     for name in ("text.png", "text.npy"):
         Path(name).write_text("no sample")
     assert main(["predict", str(digits_run), *arguments]) == 2

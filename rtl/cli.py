@@ -388,7 +388,7 @@ def _predict(options: argparse.Namespace) -> int:
         table.add_column(heading, justify="right" if heading in ("probability", "score") else "left")
     for row in rows:
         table.add_row(row["sample"], row["ticket"], f"{row['probability']:.3f}", row["answer"], f"{row['score']:.3f}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # files are named as they please
     return 0
 
 
@@ -417,7 +417,7 @@ def _print_lines(title: str, lines: Sequence[Sequence[str]]) -> None:
             table.add_column(lines[0][column], justify="right" if column else "left", no_wrap=True)
         for line in lines[1:]:
             table.add_row(*(line[column] for column in columns))
-        Console(width=width).print(table)
+        Console(width=width, markup=False, emoji=False).print(table)
 
 
 def _blocks(lines: Sequence[Sequence[str]], width: int) -> list[list[int]]:

@@ -287,13 +287,16 @@ def test_files_are_routed_and_answered(digits_run, tmp_path, capsys, by):
         assert 0 < row["probability"] <= 1
 
 
-def test_a_context_is_named_and_the_table_is_printed(digits_run, tmp_path, capsys):
-    np.save(tmp_path / "x.npy", rtl.data.digits()[1].inputs[0].numpy())
-    assert main(["predict", str(digits_run), str(tmp_path / "x.npy"), "--by", "7"]) == 0
+def test_a_context_is_named_and_the_table_is_printed(digits_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = "[red]<:x:>.npy"  # no mark-up
+    np.save(odd, rtl.data.digits()[1].inputs[0].numpy())
+    assert main(["predict", str(digits_run), odd, "--by", "7"]) == 0
     out = capsys.readouterr().out
     assert "probability" in out
     assert "7" in out
-    assert predict(digits_run, [tmp_path / "x.npy"], by="7")[0]["probability"] == 1
+    assert odd in out
+    assert predict(digits_run, [Path(odd)], by="7")[0]["probability"] == 1
 
 
 @pytest.mark.parametrize(

@@ -263,12 +263,22 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(
             f"run is {str(folder)!r}, which holds no finished results ({error}): finish `rtl run`"
         ) from error
+    if not _of_a_run(table) or not isinstance(details, dict):
+        raise InputError(f"run is {str(folder)!r}, whose table.json and details.json are not those of an `rtl run`")
     table.pop("published", None)  # older runs held a copy of the paper's figures
     if "curve" not in details:
         curve = _curve_of_tickets(Path(folder))
         if curve is not None:
             details |= insights(curve)
     return table, details
+
+
+def _of_a_run(table: Any) -> bool:
+    """Whether a table.json is a run's: benchmarks keep results of other kinds in files of these names."""
+    if not isinstance(table, dict) or not {"recipe", "command", "environment", "rows"} <= table.keys():
+        return False
+    needed = {"method", "protocol", "variant", "sparsity", "seed", "params", "samples", "seconds", "metrics"}
+    return all(needed <= row.keys() for row in table["rows"])
 
 
 def main_run(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> int:

@@ -26,6 +26,8 @@ from rtl.report import (
     write_results,
 )
 
+RESULTS = Path(__file__).parents[2] / "results"
+
 
 def row(method="rtl", sparsity=0.5, seed=0, variant="", **metrics):
     return {
@@ -274,7 +276,7 @@ def test_results_are_written_and_read_back_unchanged(tmp_path, table, details):
 
 
 def test_a_run_made_before_curves_were_kept_gets_that_of_its_tickets(tmp_path):
-    committed = Path(__file__).parents[2] / "results" / "digits"
+    committed = RESULTS / "digits"
     shutil.copytree(committed, tmp_path / "old")
     details = json.loads((committed / "details.json").read_text())
     older = {key: value for key, value in details.items() if key not in ("curve", "alarms")}
@@ -327,6 +329,14 @@ def test_an_unfinished_or_damaged_run_is_refused_and_says_what_to_do(tmp_path, t
     with pytest.raises(InputError, match=r"holds no finished results.*finish `rtl run`") as caught:
         read_results(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", (RESULTS / "routing" / "table.json").read_text()])
+def test_results_that_are_no_runs_are_refused(tmp_path, table, details, content):
+    write_results(tmp_path, table, details)
+    (tmp_path / "table.json").write_text(content)
+    with pytest.raises(InputError, match=r"table\.json and details\.json are not those of an `rtl run`"):
+        read_results(tmp_path)
 
 
 def test_the_environment_is_plain_values():

@@ -7,6 +7,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,12 @@ import rtl_kernels as rk
 from rtl.collapse import Alarm, alarms
 from rtl.curve import Curve, mean_to_others
 from rtl.errors import InputError
+from rtl.progress import duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+NARROW = 80  # characters: a narrower terminal has no room for the table's columns
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Extracting:
 
 
 def watch(folder: Path, every: float, once: bool) -> int:
-    """Show a run until it is finished, or once. Raises InputError if it is no run."""
+    """Show a run until it is finished, or interrupted, or once. Raises InputError if it is no run."""
     from rich.console import Console
     from rich.live import Live
 
@@ -51,25 +55,26 @@ def watch(folder: Path, every: float, once: bool) -> int:
         raise InputError(f"run is {str(folder)!r}, which holds no config.json: give the folder of `rtl run`")
     if not every > 0:
         raise InputError(f"every is {every}, expected a number of seconds above 0")
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     if once or not console.is_terminal:
-        console.print(status(folder))
+        console.print(status(folder, console.width))
         return 0
-    with Live(status(folder), console=console, auto_refresh=False) as live:
+    # An interrupt ends the watching, and is no news: the run goes on.
+    with suppress(KeyboardInterrupt), Live(status(folder, console.width), console=console, auto_refresh=False) as live:
         while not (folder / "table.json").is_file():
             time.sleep(every)
-            live.update(status(folder), refresh=True)
+            live.update(status(folder, console.width), refresh=True)
     return 0
 
 
-def status(folder: Path) -> RenderableType:
-    """A table of every method's rounds, and a line of every retraining."""
+def status(folder: Path, width: int) -> RenderableType:
+    """A table of every method's rounds, or where `width` is below `NARROW` a list, and a line of every retraining."""
     from rich.console import Group
     from rich.table import Table
 
-    shown = Table(title=f"{folder}: {'finished' if (folder / 'table.json').is_file() else 'running or stopped'}")
-    for heading in ("extraction", "rounds", "sparsity", "loss", "similarity", "collapse"):
-        shown.add_column(heading, justify="left" if heading in ("extraction", "collapse") else "right")
+    title = f"{folder}: {'finished' if (folder / 'table.json').is_file() else _unfinished(folder)}"
+    headings = ("extraction", "rounds", "sparsity", "loss", "similarity", "collapse")
+    lines = []
     for one in extractions(folder):
         done = f"{sum(one.rounds.values())}" + (f" of {len(one.rounds) * one.of}" if one.of is not None else "")
         first = min(one.alarms, key=lambda alarm: alarm.round, default=None)
@@ -78,8 +83,31 @@ def status(folder: Path) -> RenderableType:
         )
         numbers = [one.loss, one.similarity]
         texts = ["–" if number is None else f"{number:.3f}" for number in numbers]
-        shown.add_row(one.name, done, "–" if one.sparsity is None else f"{one.sparsity:.1%}", *texts, warned)
+        lines.append([one.name, done, "–" if one.sparsity is None else f"{one.sparsity:.1%}", *texts, warned])
+    if not lines:
+        return Group(title, "no extraction has begun", *retrainings(folder))
+    if width < NARROW:
+        listed = [
+            "\n  ".join([name, *(f"{what}: {text}" for what, text in zip(headings[1:], texts, strict=True) if text)])
+            for name, *texts in lines
+        ]
+        return Group(title, *listed, *retrainings(folder))
+    shown = Table(title=title)
+    for heading in headings:
+        left = heading in ("extraction", "collapse")
+        shown.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    for line in lines:
+        shown.add_row(*line)
     return Group(shown, *retrainings(folder))
+
+
+def _unfinished(folder: Path) -> str:
+    """A killed run leaves no word, but what it wrote last grows old."""
+    newest = 0.0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # being replaced
+            newest = max(newest, file.stat().st_mtime)
+    return f"running or stopped, last wrote {duration(max(0.0, time.time() - newest))} ago"
 
 
 def extractions(folder: Path) -> list[Extracting]:

@@ -1,6 +1,8 @@
 """rtl.watch: what is said of a run while it grows."""
 
 import json
+import os
+import time
 
 import pytest
 from toys import blobs, mlp, quiet
@@ -50,6 +52,7 @@ def test_half_an_extraction_is_followed_as_far_as_all_tickets_are(run):
 def test_a_run_that_has_just_begun_and_one_of_an_older_version_are_shown(run, capsys):
     parts = by_label(blobs())
     assert main(["watch", str(run.path), "--once"]) == 0
+    assert "no extraction has begun" in capsys.readouterr().out
     extract(mlp(), parts, PLAN, FIT, run)
     (run.path / "extract/about.json").unlink()
     for file in (run.path / "extract/a").glob("*"):
@@ -70,6 +73,39 @@ def test_retraining_is_followed_by_its_checkpoints(run, capsys):
     assert retrainings(run.path) == ["retrain/0.75: epoch 2 of 3 saved"]
     main(["watch", str(run.path), "--once"])
     assert "epoch 2 of 3 saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_shows_every_figure_whole(run, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    extract(mlp(), by_label(blobs()), PLAN, FIT, run.child("seed-0/imp_multiple"))
+    assert main(["watch", str(run.path), "--once"]) == 0
+    out = capsys.readouterr().out
+    (found,) = extractions(run.path)
+    figures = ["9 of 9", "75.0%", f"{found.loss:.3f}", f"{found.similarity:.3f}"]
+    assert all(text in out for text in ("seed-0/imp_multiple", *figures))
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= width
+
+
+def test_an_unfinished_run_says_when_it_wrote_last(run, capsys):
+    for file in run.path.rglob("*"):
+        os.utime(file, (time.time() - 3723,) * 2)
+    assert main(["watch", str(run.path), "--once"]) == 0
+    assert "running or stopped, last wrote 1 h 02 min ago" in " ".join(capsys.readouterr().out.split())
+    (run.path / "table.json").write_text("{}")
+    assert main(["watch", str(run.path), "--once"]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_the_watching_and_is_not_said_to_end_the_run(run, capsys, monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr(time, "sleep", interrupted)
+    assert main(["watch", str(run.path)]) == 0
+    assert "interrupted" not in capsys.readouterr().err
 
 
 def test_watching_writes_nothing(run):

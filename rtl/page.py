@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import mimetypes
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +27,7 @@ from rtl.alignment import Alignment
 from rtl.collapse import LOST, WARM_UP, Alarm, Verdict, verdicts
 from rtl.curve import Curve, mean_to_others
 from rtl.keep import settings
-from rtl.report import NAMES, columns, group_rows, read_results, remarks, row_name, took
+from rtl.report import NAMES, columns, group_rows, read_results, remarks, row_name, took, words
 from rtl.run import write_atomically
 from rtl.svg import Mark, Series, figure, halves, line_chart, percent, stacked, table, tree
 
@@ -44,7 +43,7 @@ class RunView:
     """One run as its folder shows it.
 
     Attributes:
-        name: the folder's.
+        name: the folder's, or what tells it from others.
         folder: where it is.
         table, details: as `rtl.report.read_results` gives them.
     """
@@ -55,10 +54,10 @@ class RunView:
     details: Mapping[str, Any]
 
     @classmethod
-    def read(cls, folder: Path) -> RunView:
+    def read(cls, folder: Path, name: str = "") -> RunView:
         """Raises InputError if the run is not finished."""
         table, details = read_results(folder)
-        return cls(folder.resolve().name, folder, table, details)
+        return cls(name or folder.resolve().name, folder, table, details)
 
     @cached_property
     def curve(self) -> Curve | None:
@@ -85,7 +84,18 @@ class RunView:
 
 def write_page(folders: Sequence[Path], file: Path) -> None:
     """Write the page of these runs. Raises InputError if one is not finished."""
-    write_atomically(file, page([RunView.read(folder) for folder in folders]).encode())
+    views = [RunView.read(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    write_atomically(file, page(views).encode())
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of those above them as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts))):
+        names = [str(Path(*own[-depth:])) for own in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(Path(*own)) for own in parts]
 
 
 def page(runs: Sequence[RunView]) -> str:
@@ -182,7 +192,10 @@ def _results(runs: Sequence[RunView]) -> str:
             line += [(f"{paper['params']:,}", paper["params"]), ("–", None)]
             body.append(line)
     caption = "mean ± standard deviation over seeds; a heading sorts"
-    known = dict.fromkeys(said for run in runs for said in remarks(run.table))
+    meant = {heading: words(key) for heading, key in shown if heading != words(key)}
+    meant |= {"#Params": "weights to be stored, the union of the masks", "samples": "presented in training"}
+    key = "; ".join(f"{heading}: {said}" for heading, said in meant.items())
+    known = dict.fromkeys([f"{key}.", *(said for run in runs for said in remarks(run.table))])
     return table(head, body, sortable=True, caption=caption) + "".join(f"<p>{escape(said)}</p>" for said in known)
 
 
@@ -190,7 +203,7 @@ def _spread(values: Sequence[float]) -> tuple[str, float | None]:
     if not values:
         return "–", None
     mean = float(np.mean(values))
-    return f"{mean:.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""), mean
+    return f"{mean:.3f}" + (f" ±\N{NO-BREAK SPACE}{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""), mean
 
 
 def _count(values: Sequence[float]) -> tuple[str, float]:
@@ -205,7 +218,7 @@ def _curves(run: RunView) -> str:
     charts = []
     rows = run.table["rows"]
     at = sorted({alarm.sparsity for alarm in run.alarms})
-    for heading, key in columns(rows):
+    for _, key in columns(rows):
         if key == "similarity":
             continue
         series = []
@@ -220,7 +233,7 @@ def _curves(run: RunView) -> str:
             else:
                 series.append(Series(name, points, first[method] if method in first else next(further)))
             first.pop(method, None)
-        charts.append(line_chart(heading, series, "sparsity"))
+        charts.append(line_chart(words(key), series, "sparsity"))
     curve = run.curve
     if curve is not None and len(curve.names) > 1:
         charts.append(_by_ticket(run))
@@ -377,6 +390,7 @@ def _similarity(run: RunView) -> str:
         for n in depth
     ]
     options = "".join(f"<option>{escape(layer)}</option>" for layer in layers)
+    options = f"<option>all layers</option>{options.replace('<option>', '<option selected>', 1)}"
     panels.append(
         f"<figure data-chosen><figcaption>the layer chosen above<br><small></small></figcaption>{empty}</figure>"
     )
@@ -384,17 +398,17 @@ def _similarity(run: RunView) -> str:
     trees = "".join(
         f'<div data-round="{r}"{"" if r == last else " hidden"}>{_tree(curve, r)}</div>' for r in range(len(curve))
     )
-    encoded = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    key = re.sub(r"\W", "-", run.name)
+    encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can end or hide the script
     return (
         '<div class="similarity"><noscript><p>The matrices need JavaScript; figures/similarity-by-depth-*.png has '
         "those of the reported sparsities.</p></noscript>"
-        f'<div class="controls"><label for="round-{key}">sparsity</label>'
-        f'<input type="range" id="round-{key}" min="0" max="{last}" value="{last}" step="1">'
-        f"<output>{percent(sparsity[-1])}</output>"
+        f'<div class="controls"><label>sparsity <input type="range" min="0" max="{last}" value="{last}" step="1">'
+        f"</label><output>{percent(sparsity[-1])}</output>"
         '<label><input type="checkbox"> colours from 0 to 1</label>'
-        f"<label>layer <select>{options.replace('<option>', '<option selected>', 1)}</select></label></div>"
+        f"<label>layer <select>{options}</select></label></div>"
         f'<div class="matrices">{"".join(panels)}</div>'
+        '<details class="numbers"><summary>numbers of the layer chosen above</summary><div class="scroll" tabindex="0" '
+        'role="region" aria-label="mask similarity of the layer chosen above"><table></table></div></details>'
         "<p class=soft>Jaccard similarity between the tickets' masks, from shallow to deep; brighter is more alike. "
         "The slider goes through the rounds of extraction.</p>"
         + figure("ticket tree: mean-linkage clustering by similarity over all layers (1: equal masks)", trees)
@@ -414,6 +428,7 @@ def _tree(curve: Curve, number: int) -> str:
 
 def _layers(run: RunView) -> str:
     blocks: list[str] = []
+    head = ["layer", "share of its weights", "weights", "kept by none", "kept by all"]
     for sparsity, banks in sorted(run.banks.items(), reverse=True):
         tickets = next(iter(banks.values())).num_masks
         if tickets < 2:
@@ -423,7 +438,7 @@ def _layers(run: RunView) -> str:
             return "var(--rule)" if n == 0 else f"hsl({260 - 200 * (n - 1) / max(1, of - 1):.0f} 60% 50%)"
 
         total = torch.zeros(tickets + 1, dtype=torch.int64)
-        body: list[list[Any]] = []
+        lines: list[list[Any]] = []
         bars: list[tuple[str, list[int]]] = []
         for layer, bank in banks.items():
             shared = torch.bincount(bank.to_dense().sum(0).flatten(), minlength=tickets + 1)
@@ -434,12 +449,10 @@ def _layers(run: RunView) -> str:
             said = f"{layer}: of {weights:,} weights " + ", ".join(
                 f"{c:,} kept by {n}" for n, c in enumerate(counts) if c
             )
-            body.append([layer, stacked(counts, shade, said), weights, counts[0], counts[tickets]])
-        lines = "".join(
-            f'<tr><th scope="row">{escape(layer)}</th><td>{bar}</td><td class="n">{weights:,}</td>'
-            f'<td class="n">{percent(none / weights)}</td><td class="n">{percent(every / weights)}</td></tr>'
-            for layer, bar, weights, none, every in body
-        )
+            shares = [counts[n] / weights for n in (0, tickets)]
+            shown = [(f"{weights:,}", weights), *((percent(share), share) for share in shares)]
+            mean = sum(n * c for n, c in enumerate(counts)) / weights
+            lines.append([layer, (stacked(counts, shade, said), mean), *shown])
         key = "".join(
             f'<span class="key" style="background:{shade(n)}" aria-hidden="true"></span>{n}'
             for n in sorted({0, 1, tickets // 2, tickets})
@@ -447,10 +460,7 @@ def _layers(run: RunView) -> str:
         blocks.append(
             f"<details{' open' if not blocks else ''}><summary>{percent(sparsity)} sparsity</summary>"
             f"<p class=soft>tickets that keep a weight:{key}</p>"
-            '<div class="scroll" tabindex="0" role="region" aria-label="shared weights"><table><thead><tr>'
-            '<th scope="col">layer</th><th scope="col">share of its weights</th><th scope="col">weights</th>'
-            '<th scope="col">kept by none</th><th scope="col">kept by all</th></tr></thead>'
-            f"<tbody>{lines}</tbody></table></div></details>"
+            f"{table(head, lines, sortable=True, label='shared weights')}</details>"
         )
     return "".join(blocks)
 
@@ -478,7 +488,7 @@ def _meaning(run: RunView) -> str:
         x_format="{:g}".format,
     )
     body = [
-        [percent(s), _plain(found.rho[r, 0]), _plain(found.p_value[r, 0]), _significant(found, r)]
+        [(percent(s), s), _plain(found.rho[r, 0]), _plain(found.p_value[r, 0]), _significant(found, r)]
         for r, s in enumerate(found.sparsity)
     ]
     head = ["sparsity", "ρ, all layers", "p", "layers with p < 0.05"]
@@ -493,21 +503,22 @@ def _meaning(run: RunView) -> str:
             one = Alignment.from_json(values)
             for epoch in range(len(one.sparsity)):
                 cells = _plain(one.rho[epoch, 0]), _plain(one.p_value[epoch, 0]), _significant(one, epoch)
-                lines.append([percent(float(level)), (str(epoch + 1), epoch + 1), *cells])
+                lines.append([(percent(float(level)), float(level)), (str(epoch + 1), epoch + 1), *cells])
         caption = "by stage of training: had the tickets been pruned after each epoch of the round"
         stages_table = table(["sparsity", "epoch", *head[1:]], lines, sortable=True, caption=caption)
     ways = f"{found.permutations:,} permutations of the tickets' names, two-sided, not corrected for many layers"
-    tables = table(head, body, caption=f"p-values of {ways}") + stages_table
+    tables = table(head, body, sortable=True, caption=f"p-values of {ways}") + stages_table
     return (
         f'<div class="charts">{chart}<div class="tall">{tables}</div></div>'
         "<details><summary>similarity in meaning</summary>"
-        f"{table(['ticket', *found.names], meaning)}</details>"
+        f"{table(['ticket', *found.names], meaning, sortable=True, label='similarity in meaning')}</details>"
     )
 
 
-def _significant(found: Alignment, stage: int) -> str:
+def _significant(found: Alignment, stage: int) -> tuple[str, int]:
     p = found.p_value[stage, 1:]
-    return f"{int((p < 0.05).sum())} of {int((~p.isnan()).sum())}"
+    count = int((p < 0.05).sum())
+    return f"{count} of {int((~p.isnan()).sum())}", count
 
 
 def _plain(value: torch.Tensor) -> tuple[str, float | None]:
@@ -643,10 +654,11 @@ def _what(run: RunView) -> str:
     for name, config in run.configs.items():
         lines = [[key, json.dumps(value)] for key, value in config.items() if not key.startswith("_")]
         title = f"settings of {name}" if name else "settings"
-        lists.append(f"<details><summary>{escape(title)}</summary>{table(['setting', 'value'], lines)}</details>")
+        shown = table(["setting", "value"], lines, label=title)
+        lists.append(f"<details><summary>{escape(title)}</summary>{shown}</details>")
     circumstances = [[key, str(value)] for key, value in run.table["environment"].items()]
     return (
         f"<pre><code>{escape(run.table['command'])}</code></pre>"
         + "".join(lists)
-        + table(["environment", ""], circumstances)
+        + table(["environment", "value"], circumstances, label="environment")
     )

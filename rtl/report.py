@@ -40,6 +40,27 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 )
 
 
+# The same in words.
+WORDS = {
+    "balanced_accuracy.threshold": "balanced accuracy, score ≥ ½",
+    "precision.threshold": "precision, score ≥ ½",
+    "recall.threshold": "recall, score ≥ ½",
+    "balanced_accuracy.argmax": "balanced accuracy, argmax",
+    "precision.argmax": "precision, argmax",
+    "recall.argmax": "recall, argmax",
+    "accuracy": "accuracy, argmax",
+    "psnr": "PSNR (dB), mean over images",
+    "psnr.pooled": "PSNR (dB), of all images' pixels together",
+    "si_snri": "SI-SNR improvement (dB), mean over clips",
+    "similarity": "mean Jaccard similarity of the tickets' masks",
+}
+
+
+def words(key: str) -> str:
+    """What a metric is; a scene's own ("si_snri.indoor") is named."""
+    return WORDS.get(key) or f"SI-SNR improvement (dB), {key.removeprefix('si_snri.')}"
+
+
 def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The columns, heading and key of a metric, that some row has.
 
@@ -63,13 +84,8 @@ def group_rows(rows: Iterable[Row]) -> dict[tuple[str, str, str, float], list[Ro
     return groups
 
 
-# What is drawn against sparsity, and its title.
-CURVES = {
-    "balanced_accuracy.threshold": "balanced accuracy, score ≥ ½",
-    "accuracy": "accuracy, argmax",
-    "psnr": "PSNR (dB), mean over images",
-    "si_snri": "SI-SNR improvement (dB), mean over clips",
-}
+# What is drawn against sparsity.
+CURVES = ("balanced_accuracy.threshold", "accuracy", "psnr", "si_snri")
 
 
 def environment() -> dict[str, Any]:
@@ -229,7 +245,7 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
         drawn.add(name)
 
     had = {key for row in table["rows"] for key in row["metrics"]}
-    shown = {key: title for key, title in CURVES.items() if key in had}
+    shown = {key: WORDS[key] for key in CURVES if key in had}
     draw("metric", plots.metric_against_sparsity(table["rows"], shown))
     if "curve" in details:
         curve, found = Curve.from_json(details["curve"]), [Alarm(**alarm) for alarm in details["alarms"]]

@@ -44,6 +44,10 @@ class Mark:
     colour: int = 0
 
 
+class Html(str):
+    """Text of a table's cell that is HTML already."""
+
+
 def halves(sparsities: Sequence[float]) -> bool:
     """Whether a chart against these shows equal factors of density as equal steps."""
     return 0.9 < max(sparsities) < 1
@@ -113,7 +117,7 @@ def line_chart(
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(title)}; the numbers are in the table below">' + "".join(parts) + "</svg>"
     )
-    return figure(title, svg, legend(series, bool(marks)), _numbers(series, x_label, x_format))
+    return figure(title, svg, legend(series, bool(marks)), _numbers(title, series, x_label, x_format))
 
 
 def figure(title: str, picture: str, *below: str) -> str:
@@ -133,31 +137,42 @@ def legend(series: Sequence[Series], alarms: bool) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], sortable: bool = False, caption: str = "") -> str:
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    sortable: bool = False,
+    caption: str = "",
+    label: str = "",
+) -> str:
     """An HTML table; the first column heads its row.
 
-    A cell is text, or a number as (text, what it is sorted by, None where it is not known).
+    A cell is text, `Html`, or a number as (text, what it is sorted by, None where it is not known). `label`: what
+    screen readers call the table where it has no caption.
     """
-    cells = []
+    cells, numbers = [], set()
     for row in rows:
         line = ""
         for column, cell in enumerate(row):
             text, key = cell if isinstance(cell, tuple) else (cell, None)
             sort = "" if key is None else f' data-sort="{key}"'
             tag = 'th scope="row"' if column == 0 else "td"
-            numeric = ' class="n"' if isinstance(cell, tuple) else ""
-            line += f"<{tag}{sort}{numeric}>{escape(str(text))}</{tag.split()[0]}>"
+            numeric = ""
+            if isinstance(cell, tuple):
+                numeric = ' class="n"'
+                numbers.add(column)
+            shown = text if isinstance(text, Html) else escape(str(text))
+            line += f"<{tag}{sort}{numeric}>{shown}</{tag.split()[0]}>"
         cells.append(f"<tr>{line}</tr>")
-    headings = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button">{escape(h)}</button></th>'
-        if sortable
-        else f'<th scope="col">{escape(h)}</th>'
-        for h in head
-    )
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    headings = ""
+    for column, heading in enumerate(head):
+        numeric = ' class="n"' if column in numbers else ""
+        said = f'<button type="button">{escape(heading)}</button>' if sortable else escape(heading)
+        headings += f'<th scope="col"{numeric}{" aria-sort=none" if sortable else ""}>{said}</th>'
+    said = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
     kind = ' class="sortable"' if sortable else ""
+    name = escape(caption or label or "table")
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption or "table")}"><table{kind}>{said}'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table{kind}>{said}'
         f"<thead><tr>{headings}</tr></thead><tbody>{''.join(cells)}</tbody></table></div>"
     )
 
@@ -193,22 +208,23 @@ def tree(names: Sequence[str], links: Sequence[Sequence[float]], title: str) -> 
     )
 
 
-def stacked(counts: Sequence[int], colours: Callable[[int], str], text: str) -> str:
+def stacked(counts: Sequence[int], colours: Callable[[int], str], text: str) -> Html:
     """One bar, a part for each of `counts`, as wide as its share."""
     total, parts = sum(counts) or 1, []
     for n, count in enumerate(counts):
         if count:
             parts.append(f'<i style="width:{100 * count / total:.3f}%;background:{colours(n)}"></i>')
-    return f'<span class="bar" role="img" aria-label="{escape(text)}" title="{escape(text)}">{"".join(parts)}</span>'
+    said = escape(text)
+    return Html(f'<span class="bar" role="img" aria-label="{said}" title="{said}">{"".join(parts)}</span>')
 
 
-def _numbers(series: Sequence[Series], x_label: str, x_format: Callable[[float], str]) -> str:
+def _numbers(title: str, series: Sequence[Series], x_label: str, x_format: Callable[[float], str]) -> str:
     values = [
         {round(x, 9): y for x, y in one.points} for one in series
     ]  # a mean of equal sparsities is off by rounding
     xs = sorted({x for own in values for x in own})
     rows = [[x_format(x), *(f"{v[x]:.4g}" if x in v and math.isfinite(v[x]) else "–" for v in values)] for x in xs]
-    numbers = table([x_label, *(one.name for one in series)], rows)
+    numbers = table([x_label, *(one.name for one in series)], rows, label=f"numbers of: {title}")
     return f'<details class="numbers"><summary>numbers</summary>{numbers}</details>'
 
 

@@ -16,7 +16,7 @@ function sortable(table) {
     rows.sort((first, second) => {
       const a = value(first, column), b = value(second, column);
       if (empty(a) || empty(b)) return empty(a) - empty(b);  // what is not known stays below
-      const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+      const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, {numeric: true});
       return down ? -order : order;
     });
     table.tBodies[0].append(...rows);
@@ -75,14 +75,30 @@ function matrices(section) {
     return {figure, svg, cells, range: figure.querySelector("small")};
   });
 
+  const listed = section.querySelector(".numbers table");
+  function list(layer, round) {  // what colours say, for those who do not see them
+    const lines = curve.names.map((name, i) =>
+      [name, ...curve.names.map((_, j) => i === j ? "–" : jaccard(layer, round, i, j).toFixed(3))]);
+    listed.replaceChildren(...[["ticket", ...curve.names], ...lines].map((texts, r) => {
+      const line = document.createElement("tr");
+      line.append(...texts.map((text, c) => {
+        const cell = document.createElement(r && c ? "td" : "th");
+        if (!r || !c) cell.scope = r ? "row" : "col";
+        cell.textContent = text;
+        return cell;
+      }));
+      return line;
+    }));
+  }
+
   function draw() {
-    const round = Number(slider.value);
+    const round = Number(slider.value), chosen = choice.selectedIndex ? layers[choice.selectedIndex - 1] : null;
     const said = `${(100 * curve.sparsity[round]).toFixed(1)}%`;
     output.textContent = said;
     slider.setAttribute("aria-valuetext", `${said} sparsity, round ${round + 1} of ${rounds}`);
     for (const {figure, svg, cells, range} of panels) {
       let layer = figure.dataset.layer === undefined ? null : figure.dataset.layer;
-      if (figure.dataset.chosen !== undefined) layer = choice.value;
+      if (figure.dataset.chosen !== undefined) layer = chosen;
       const values = cells.map(([i, j]) => jaccard(layer, round, i, j));
       const others = values.filter((_, n) => cells[n][0] !== cells[n][1]);
       const low = same.checked ? 0 : Math.min(...others), high = same.checked ? 1 : Math.max(...others);
@@ -96,6 +112,7 @@ function matrices(section) {
       svg.setAttribute("aria-label", `mask similarity, ${layer === null ? "all layers" : layer}, ${said} sparsity: mean ` +
         `${mean.toFixed(3)}, from ${Math.min(...others).toFixed(3)} to ${Math.max(...others).toFixed(3)}`);
     }
+    list(chosen, round);
     for (const tree of section.querySelectorAll("[data-round]")) tree.hidden = Number(tree.dataset.round) !== round;
   }
   slider.addEventListener("input", draw);

@@ -17,14 +17,14 @@ import rtl
 from rtl import svg
 from rtl.cli import main
 from rtl.curve import Curve
-from rtl.page import RunView, page, write_page
+from rtl.page import RunView, names_of, page, write_page
 from rtl.recipes.published import REMARKS
 from rtl.report import environment, insights, write_results
 
 RESULTS = Path(__file__).parents[2] / "results"
 CURVE = Path(__file__).parent / "fixtures" / "curves" / "digits-fine.json"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-NASTY = '</script><b>"&'
+NASTY = '</script><!--<script><b>"&'
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     """A run with everything a page shows: a real curve with its alarm, real tickets, and a class of a nasty name."""
     place = tmp_path_factory.mktemp("runs") / "everything"
     curve = Curve.from_json(json.loads(CURVE.read_text()))
-    named = Curve(("0", NASTY, *curve.names[2:]), curve.sizes, curve.overlaps)
+    named = Curve(("0", NASTY, *curve.names[2:9], "10"), curve.sizes, curve.overlaps)
     meaning = rtl.semantics.from_embedding([[k + 1.0, (k * 7) % 5, 1.0] for k in range(10)])
     levels = (0.5, 0.9, 0.98)
     scores = {0.5: 0.98, 0.9: 0.97, 0.98: 0.85}
@@ -83,11 +83,13 @@ class Outline(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.open, self.text = [], [], []
+        self.tags, self.open, self.text, self.inputs = [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        if tag == "input":
+            self.inputs.append(self.open[-1])
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -120,7 +122,6 @@ def test_it_is_one_well_formed_file_that_fetches_nothing(html):
 def test_whoever_does_not_see_it_is_told(html):
     outline = Outline(html)
     assert ("html", {"lang": "en"}) in outline.tags
-    labelled = {a.get("for") for tag, a in outline.tags if tag == "label"}
     for tag, attributes in outline.tags:
         if tag == "svg":
             assert attributes.get("role") == "img" or attributes.get("aria-hidden") == "true"
@@ -129,10 +130,9 @@ def test_whoever_does_not_see_it_is_told(html):
         if tag == "audio":
             assert attributes["aria-label"]
             assert "controls" in attributes
-        if tag == "input" and attributes["type"] == "range":
-            assert attributes["id"] in labelled
         if tag == "th":
             assert attributes["scope"] in ("row", "col")
+    assert outline.inputs == ["label", "label"]
     ids = [a["id"] for _, a in outline.tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert {a["href"][1:] for tag, a in outline.tags if tag == "a"} <= set(ids)
@@ -190,6 +190,25 @@ def test_a_run_with_little_shows_what_it_has(tmp_path, only):
     text = page([RunView.read(tmp_path / "small")])
     assert re.findall(r"<h2[^>]*>([^<]*)</h2>", text) == ["Results", "Against sparsity", "Cost", "What was run"]
     assert Outline(text).open == []
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path, folder):
+    for place in ("a/mine/run", "b/mine/run"):
+        shutil.copytree(folder, tmp_path / place)
+    write_page([tmp_path / "a/mine/run", tmp_path / "b/mine/run"], tmp_path / "page.html")
+    outline = Outline((tmp_path / "page.html").read_text())
+    assert "a/mine/run, b/mine/run" in outline.text
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert names_of([tmp_path / "a/x", tmp_path / "b/y"]) == ["x", "y"]
+    assert names_of([tmp_path / "a/x"] * 2) == ["x", "x"]
+
+
+def test_every_column_and_chart_is_named_in_words(html):
+    text = "".join(Outline(html).text)
+    assert "BA thr.: balanced accuracy, score ≥ ½;" in text
+    assert "<figcaption>balanced accuracy, score ≥ ½</figcaption>" in html
+    assert "<figcaption>BA thr.</figcaption>" not in html
 
 
 def test_too_few_rounds_are_not_called_quiet(folder):
@@ -257,8 +276,8 @@ def test_routers_of_several_protocols_are_not_averaged(folder):
     both = RunView(view.name, folder, view.table, {**view.details, "routing": [*old, *ours]})
     text = "".join(Outline(page([both])).text)
     assert "confidence, paper" in text
-    assert "0.123 ± 0.000" in text
-    assert "0.905 ± 0.007" in text  # the older run's own
+    assert "0.123 ±\N{NO-BREAK SPACE}0.000" in text
+    assert "0.905 ±\N{NO-BREAK SPACE}0.007" in text  # the older run's own
 
 
 def test_weights_are_counted_by_how_many_tickets_keep_them(html):
@@ -330,6 +349,7 @@ said.trees = [...section.querySelectorAll("[data-round]")].filter((t) => !t.hidd
 const choice = section.querySelector("select");
 choice.value = "features.3.0"; choice.dispatchEvent(new Event("change"));
 said.chosen = labels().at(-1);
+said.listed = [...section.querySelectorAll(".numbers td")].map((c) => c.textContent);
 const table = document.querySelector("table.sortable"), heads = [...table.tHead.rows[0].cells];
 const column = (n) => [...table.tBodies[0].rows].map((r) => r.cells[n].textContent);
 const balanced = heads.findIndex((h) => h.textContent === "BA thr.");
@@ -338,6 +358,15 @@ const sort = () => { heads[balanced].firstChild.click(); return heads[balanced].
 said.upSort = sort(); said.up = column(balanced);
 said.downSort = sort(); said.down = column(balanced);
 heads[0].firstChild.click(); said.names = column(0);
+const sorted = (where, heading) => {
+  const table = document.querySelector(where + " table.sortable");
+  const number = [...table.tHead.rows[0].cells].findIndex((h) => h.textContent === heading);
+  table.tHead.rows[0].cells[number].firstChild.click();
+  return [...table.tBodies[0].rows].map((r) => r.cells[number].textContent);
+};
+said.tickets = sorted("#classes", "ticket");
+said.kept = sorted("#layers", "kept by all");
+said.significant = sorted("#meaning", "layers with p < 0.05");
 heads[0].firstChild.focus(); said.focus = document.activeElement.textContent;
 dispatchEvent(new Event("beforeprint"));
 said.open = [...document.querySelectorAll("details")].every((d) => d.open !== d.matches(".numbers"));
@@ -386,6 +415,10 @@ def test_in_chromium_the_slider_and_sorting_work_and_the_console_is_silent(tmp_p
     assert said["moved"]
     assert said["trees"] == ["0"]
     assert "features.3.0" in said["chosen"]
+    listed = [float(cell) for cell in said["listed"] if cell != "–"]
+    assert len(listed) == 10 * 9
+    mean = float(re.search(r"mean ([\d.]+)", said["chosen"])[1])
+    assert sum(listed) / len(listed) == pytest.approx(mean, abs=0.001)
 
     def numbers(cells):
         return [float(c.split()[0]) for c in cells if c != "–"]
@@ -398,9 +431,34 @@ def test_in_chromium_the_slider_and_sorting_work_and_the_console_is_silent(tmp_p
     assert said["up"][-unknown:] == said["down"][-unknown:] == ["–"] * unknown
     assert (said["upSort"], said["downSort"]) == ("ascending", "descending")
     assert said["names"] == sorted(said["names"], key=str.lower)
+    assert [name for name in said["tickets"] if name != NASTY] == ["0", *"2345678", "10"]
+    kept = [float(cell.rstrip("%")) for cell in said["kept"]]
+    assert kept == sorted(kept)
+    assert len(set(kept)) > 3
+    significant = [int(cell.split()[0]) for cell in said["significant"]]
+    assert significant == sorted(significant)
     assert said["focus"] == "method"
     assert said["open"]
     assert not said["wide"]
+
+
+@needs_chromium
+def test_in_chromium_a_narrow_screen_scrolls_tables_and_not_what_is_said_of_them(tmp_path, html):
+    measure = """<script>
+    const rooms = [...document.querySelectorAll("caption span")].map((s) => {
+      const room = s.closest(".scroll");
+      return room.offsetWidth && [s.getBoundingClientRect().width, room.offsetWidth, room.scrollWidth];
+    });
+    document.body.insertAdjacentHTML("beforeend", `<pre id="said">${JSON.stringify([rooms, innerWidth,
+      document.documentElement.scrollWidth])}</pre>`);
+    </script></body>"""
+    file = tmp_path / "report.html"
+    file.write_text(html.replace("</body>", measure))
+    dom, _ = browse(file, "--dump-dom", "--window-size=500,900")
+    rooms, screen, width = json.loads(re.findall(r'<pre id="said">([^<]*)</pre>', dom)[-1])  # the first is the script's
+    assert width <= screen
+    assert any(table > room for _, room, table in filter(None, rooms))
+    assert all(caption <= room for caption, room, _ in filter(None, rooms))
 
 
 @needs_chromium

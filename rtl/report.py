@@ -308,6 +308,7 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
     Commands are joined by " && "; of an environment that differs, all values are kept; times by the clock on the wall
     are added up, if all are known, else "runs" has those that are; what the details say of tickets (their similarity,
     examples) is of the `main_run`.
+    In details that an older version wrote, which say no protocol, it is that of the run's rows.
     Raises InputError for other recipes, or a row that two runs have.
     """
     (table, _), *others = results
@@ -337,7 +338,11 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
     details = dict(results[main_run(results)][1])
     for key in ("per_class", "per_image", "routing"):
         if any(key in one for _, one in results):
-            details[key] = [values for _, one in results for values in one.get(key, [])]
+            details[key] = [
+                values if "protocol" in values else values | _protocol(run)
+                for run, one in results
+                for values in one.get(key, [])
+            ]
     seen = set()
     for row in table["rows"]:
         which = tuple(row[key] for key in ("method", "protocol", "variant", "sparsity", "seed"))
@@ -345,6 +350,12 @@ def merged(results: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[di
             raise InputError(f"runs have a row twice, {which}: leave one of them out")
         seen.add(which)
     return table, details
+
+
+def _protocol(table: Mapping[str, Any]) -> dict[str, str]:
+    """{"protocol": that of a run's rows}, or {} where they have several."""
+    protocols = {row["protocol"] for row in table["rows"]}
+    return {"protocol": protocols.pop()} if len(protocols) == 1 else {}
 
 
 def insights(curve: Curve, semantic: Tensor | None = None, stages: Mapping[str, Curve] | None = None) -> dict[str, Any]:

@@ -190,7 +190,14 @@ def test_merged_runs_keep_every_images_figures():
     first, second = (
         (t, d | {"per_image": [{"psnr": n}]}) for n, (t, d) in enumerate((results(row()), results(row(seed=1))))
     )
-    assert merged([first, second])[1]["per_image"] == [{"psnr": 0}, {"psnr": 1}]
+    assert [one["psnr"] for one in merged([first, second])[1]["per_image"]] == [0, 1]
+
+
+def test_merged_details_say_the_protocol_that_older_ones_left_out():
+    first, second = results(row()), results(row(seed=1) | {"protocol": "paper"}, row(seed=2) | {"protocol": "reduced"})
+    second[1]["per_class"][0]["protocol"] = "paper"
+    found = merged([first, second])[1]["per_class"]
+    assert [one.get("protocol") for one in found] == ["quick", "paper", None]  # the last might be of either
 
 
 def test_one_run_merged_is_itself(table, details):

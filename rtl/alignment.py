@@ -97,7 +97,7 @@ def alignment(
     k = len(curve.names)
     if k < 3:
         raise InputError(f"curve is of {k} tickets: a correlation over pairs needs 3 or more")
-    if semantic.shape != (k, k) or not torch.equal(semantic, semantic.T):
+    if semantic.shape != (k, k) or not symmetric(semantic):
         raise InputError(f"semantic has shape {tuple(semantic.shape)}, expected a symmetric ({k}, {k}) matrix")
     rounds = list(range(len(curve)) if stages is None else stages)
     matrices = torch.stack([curve.jaccard(layer)[rounds] for layer in (None, *curve.layers)], 1)  # (R, 1 + L, K, K)
@@ -107,6 +107,12 @@ def alignment(
     return Alignment(
         curve.names, curve.layers, sparsity, rho.view(shape), p_value.view(shape), count, semantic.to(torch.float64)
     )
+
+
+def symmetric(matrix: Tensor) -> bool:
+    """Whether a square matrix is finite and, up to rounding, symmetric: a product of matrices is no more than that."""
+    values = matrix.to(torch.float64)
+    return bool(values.isfinite().all()) and torch.allclose(values, values.mT)
 
 
 def spearman(matrices: Tensor, semantic: Tensor, permutations: int, seed: int) -> tuple[Tensor, Tensor, int]:

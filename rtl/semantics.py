@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rtl.alignment import symmetric
 from rtl.errors import InputError
 
 _CIFAR10 = Path(__file__).parent / "data" / "wordnet_cifar10.json"
@@ -73,7 +74,8 @@ def from_embedding(vectors: Tensor | np.ndarray) -> Tensor:
     if points.dim() != 2 or not bool(torch.isfinite(points).all()) or bool((points.norm(dim=1) == 0).any()):
         raise InputError(f"vectors has shape {tuple(points.shape)}, expected (K, D), finite and none of them zero")
     unit = points / points.norm(dim=1, keepdim=True)
-    return unit @ unit.T
+    cosine = unit @ unit.T
+    return (cosine + cosine.T) / 2  # which differ in their last bits
 
 
 def read(source: str | os.PathLike[str], names: Sequence[str]) -> Tensor:
@@ -98,12 +100,12 @@ def read(source: str | os.PathLike[str], names: Sequence[str]) -> Tensor:
         if "embedding" in content:
             return from_embedding(torch.tensor(content["embedding"], dtype=torch.float64)[index])
         matrix = torch.tensor(content["matrix"], dtype=torch.float64)[index][:, index]
-    except (OSError, ValueError, IndexError, TypeError) as error:
+    except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
             f"semantics is {str(path)!r}, which cannot be used ({error}): give a WordNet folder or JSON"
         ) from error
-    if not torch.equal(matrix, matrix.T):
-        raise InputError(f"semantics is {str(path)!r}, whose matrix is not symmetric")
+    if not symmetric(matrix):
+        raise InputError(f"semantics is {str(path)!r}, whose matrix is not symmetric or not finite")
     return matrix
 
 
@@ -142,7 +144,12 @@ def _graph(file: Path) -> tuple[Find, Hypernyms]:
 
 @cache
 def _graph_content(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text())
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}): get it again") from error
+    if not isinstance(content, dict) or not {"classes", "synsets"} <= content.keys():
+        raise InputError(f"{file} has no classes and synsets: get it again")
     return content
 
 

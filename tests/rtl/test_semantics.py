@@ -87,6 +87,13 @@ def test_no_wordnet_says_where_it_looked_and_what_has_it(tmp_path):
         semantics.wordnet(["dog"], tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_graph_is_named(tmp_path, content):
+    (tmp_path / "noun_hypernyms.json").write_text(content)
+    with pytest.raises(InputError, match=r"noun_hypernyms\.json .*: get it again"):
+        semantics.read(tmp_path, ["dog"])
+
+
 def test_wordnet_is_found_through_the_environment(database, monkeypatch):
     monkeypatch.setenv("WNSEARCHDIR", str(database))
     assert float(semantics.wordnet(["dog", "cat"])[0, 1]) == 1 / 3
@@ -132,6 +139,19 @@ def test_an_embedding_gives_cosines():
         semantics.from_embedding(torch.tensor([[1.0, 2], [0, 0]]))
 
 
+def test_an_embedding_of_many_dimensions_fits_though_its_products_are_symmetric_up_to_rounding_only(tmp_path):
+    vectors = torch.randn((10, 100), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    curve = Curve(tuple("abcdefghij"), {"w": 9}, {"w": torch.full((1, 10, 10), 2)})
+    cosines = semantics.from_embedding(vectors)
+    assert torch.equal(cosines, cosines.T)
+    given = vectors @ vectors.T
+    assert not torch.equal(given, given.T)
+    assert torch.equal(alignment(curve, given).semantic, given)
+    file = tmp_path / "meaning.json"
+    file.write_text(json.dumps({"names": curve.names, "matrix": given.tolist()}))
+    assert torch.equal(semantics.read(file, curve.names), given)
+
+
 def test_a_users_file_gives_a_matrix_or_an_embedding_in_the_tickets_order(tmp_path):
     file = tmp_path / "meaning.json"
     file.write_text(json.dumps({"names": ["c", "a", "b"], "matrix": [[1, 0.3, 0.2], [0.3, 1, 0.9], [0.2, 0.9, 1]]}))
@@ -148,6 +168,8 @@ def test_a_users_file_gives_a_matrix_or_an_embedding_in_the_tickets_order(tmp_pa
         ('{"names": ["a", "b"]}', 'it has no "names" with a "matrix" or an "embedding"'),
         ('{"names": ["a"], "matrix": [[1]]}', "'b' is not in list"),
         ('{"names": ["a", "b"], "matrix": [[1, 0.5], [0.4, 1]]}', "not symmetric"),
+        ('{"names": ["a", "b"], "matrix": [[1, NaN], [NaN, 1]]}', "not symmetric"),
+        ('{"names": {"a": 0, "b": 1}, "matrix": [[1, 0.5], [0.5, 1]]}', "cannot be used"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path, content, message):

@@ -211,6 +211,23 @@ def test_real_masks_that_have_not_turned_do_not_warn():
     assert alarms(curve) == []
 
 
+def test_real_masks_of_an_image_warn_of_a_fall_where_one_regions_similarity_falls_faster():
+    records = json.loads((RESULTS / "collapse" / "details.json").read_text())["records"]
+    one = next(record for record in records if (record["task"], record["seed"]) == ("inr", 1))
+    curve = Curve.from_json(one["curve"])
+    (alarm,) = alarms(curve)
+    assert (alarm.ticket, alarm.direction) == ("person", "fall")
+    k = curve.names.index("person")
+    halvings = -(1 - curve.sparsity[:, k]).log2()
+    logit = mean_to_others(curve.jaccard())[:, k].logit()
+
+    def slope(first, last):
+        return float((logit[last] - logit[first]) / (halvings[last] - halvings[first]))
+
+    before, after = slope(alarm.good_round - 8, alarm.good_round), slope(alarm.good_round, alarm.round)
+    assert after < 1.2 * before < 0
+
+
 def test_an_alarm_depends_on_no_later_round():
     curve = real("digits-fine")
     whole = {alarm.ticket: alarm for alarm in alarms(curve)}

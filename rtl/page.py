@@ -193,7 +193,7 @@ def _results(runs: Sequence[RunView]) -> str:
             body.append(line)
     caption = "mean ± standard deviation over seeds; a heading sorts"
     meant = {heading: words(key) for heading, key in shown if heading != words(key)}
-    meant |= {"#Params": "weights to be stored, the union of the masks", "samples": "presented in training"}
+    meant |= {"#Params": "weights to be stored (RTL: the union of the masks)", "samples": "presented in training"}
     key = "; ".join(f"{heading}: {said}" for heading, said in meant.items())
     known = dict.fromkeys([f"{key}.", *(said for run in runs for said in remarks(run.table))])
     return table(head, body, sortable=True, caption=caption) + "".join(f"<p>{escape(said)}</p>" for said in known)

@@ -33,7 +33,7 @@ class Extracting:
         rounds: by ticket's folder, finished rounds; `of`, all there will be (None in runs of older versions).
         sparsity: least of the tickets', where known.
         loss: mean over tickets, of their last round.
-        similarity: mean over pairs of tickets, after the last round that all have.
+        similarity: mean over pairs of tickets, after the last round that all have that were not stopped.
         alarms: collapse alarms up to there.
     """
 
@@ -114,11 +114,15 @@ def extractions(folder: Path) -> list[Extracting]:
     """Of every method and seed whose extraction has begun."""
     found = []
     for place in sorted(file.parent for file in folder.glob("**/extract/config.json")):
-        names = list(_json(place / "config.json").get("subsets", {}))
+        config = _json(place / "config.json")
+        names = list(config.get("subsets", {}))
         about = _json(place / "about.json").get("info", {})
         rounds = {name: _rounds(place, name) for name in names}
         last = [_json(files[-1])["info"] for files in rounds.values() if files]
-        common = min((len(files) for files in rounds.values()), default=0)
+        counts = [len(files) for files in rounds.values()]
+        if config.get("plan", {}).get("stop_on_collapse"):  # tickets wait for one another: one far behind has stopped
+            counts = [count for count in counts if count >= max(counts) - 1]
+        common = min(counts, default=0)
         curve = _curve(place, names, rounds, common)
         kept = [info["kept"] for info in last] if len(last) == len(names) else []
         found.append(
@@ -154,7 +158,10 @@ def _rounds(place: Path, name: str) -> list[Path]:
 
 
 def _curve(place: Path, names: Sequence[str], rounds: dict[str, list[Path]], common: int) -> Curve | None:
-    """Of the rounds all tickets have; None for one ticket or no round. Padding bits count as weights here."""
+    """Of `common` rounds, a ticket that has fewer keeping its last masks; None for one ticket or no round.
+
+    Padding bits count as weights here.
+    """
     if len(names) < 2 or not common:
         return None
     import safetensors.torch
@@ -162,7 +169,8 @@ def _curve(place: Path, names: Sequence[str], rounds: dict[str, list[Path]], com
 
     banks = []
     for number in range(common):
-        words = [safetensors.torch.load_file(rounds[name][number].with_suffix(".safetensors")) for name in names]
+        files = [rounds[name][min(number, len(rounds[name]) - 1)] for name in names]
+        words = [safetensors.torch.load_file(file.with_suffix(".safetensors")) for file in files]
         layers = {}
         for layer in words[0]:
             if "/" in layer:  # earlier epochs' masks, and weights, that are kept beside

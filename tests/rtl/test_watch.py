@@ -5,10 +5,13 @@ import os
 import time
 
 import pytest
+from test_collapse import alarm_on
 from toys import blobs, mlp, quiet
 
 from rtl import extract, retrain
 from rtl.cli import main
+from rtl.collapse import CollapseWarning
+from rtl.curve import mean_to_others
 from rtl.diagnose import diagnose
 from rtl.extract import PrunePlan
 from rtl.fit import Fit
@@ -47,6 +50,16 @@ def test_half_an_extraction_is_followed_as_far_as_all_tickets_are(run):
     assert found.rounds == {"a": 3, "b": 1, "c": 2}
     assert found.sparsity == pytest.approx(0.25)
     assert found.similarity == pytest.approx(diagnose(tickets)[0.25].mean)
+
+
+def test_a_ticket_that_stopped_does_not_end_what_is_said_of_the_others(run, monkeypatch):
+    alarm_on(monkeypatch, {"b": (1, 0)})
+    plan = PrunePlan(0.2, 0.8, stop_on_collapse=True)
+    with pytest.warns(CollapseWarning):
+        tickets = extract(mlp(), by_label(blobs()), plan, FIT, run)
+    (found,) = extractions(run.path)
+    assert found.rounds["b"] < found.rounds["a"]
+    assert found.similarity == pytest.approx(float(mean_to_others(tickets.curve.jaccard()[-1]).mean()))
 
 
 def test_a_run_that_has_just_begun_and_one_of_an_older_version_are_shown(run, capsys):

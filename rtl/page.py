@@ -389,8 +389,8 @@ def _similarity(run: RunView) -> str:
         f'<figure data-layer="{escape(n)}"><figcaption>{escape(n)}<br><small></small></figcaption>{empty}</figure>'
         for n in depth
     ]
-    options = "".join(f"<option>{escape(layer)}</option>" for layer in layers)
-    options = f"<option>all layers</option>{options.replace('<option>', '<option selected>', 1)}"
+    options = "".join(f'<option value="{escape(layer)}">{escape(layer)}</option>' for layer in layers)
+    options = f"<option>all layers</option>{options.replace('<option', '<option selected', 1)}"
     panels.append(
         f"<figure data-chosen><figcaption>the layer chosen above<br><small></small></figcaption>{empty}</figure>"
     )

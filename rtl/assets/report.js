@@ -92,7 +92,7 @@ function matrices(section) {
   }
 
   function draw() {
-    const round = Number(slider.value), chosen = choice.selectedIndex ? layers[choice.selectedIndex - 1] : null;
+    const round = Number(slider.value), chosen = choice.selectedIndex ? choice.value : null;
     const said = `${(100 * curve.sparsity[round]).toFixed(1)}%`;
     output.textContent = said;
     slider.setAttribute("aria-valuetext", `${said} sparsity, round ${round + 1} of ${rounds}`);

@@ -113,6 +113,8 @@ def semantic_alignment(curve: Curve, found: Alignment) -> Figure:
     """
     stages = np.unique(np.linspace(0, len(found.sparsity) - 1, min(4, len(found.sparsity))).round().astype(int))
     figure, axes = _figure(5, width=3.1, height=3.4)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.1)  # inches, beside every panel: a colour bar's numbers ran into the next one's
     shown = {
         "similarity in meaning": found.semantic,
         f"masks of {curve.layers[0]}": curve.jaccard(curve.layers[0])[-1],
@@ -123,7 +125,7 @@ def semantic_alignment(curve: Curve, found: Alignment) -> Figure:
     for axis, (title, matrix) in zip(axes, shown.items(), strict=False):
         values = np.where(off, matrix.numpy(), np.nan)
         image = axis.imshow(values, cmap="viridis", vmin=np.nanmin(values), vmax=max(np.nanmax(values), 1e-3))
-        figure.colorbar(image, ax=axis, shrink=0.6, pad=0.02)
+        figure.colorbar(image, ax=axis, shrink=0.6, pad=0.02).ax.tick_params(labelsize=7)
         axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=7)

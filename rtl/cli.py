@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -269,7 +269,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
             **wall.figures(run.workers),
             "rows": rows,
         }
-        if (out / "table.json").exists() and (before := read_results(out)[0])["rows"] == rows:
+        if (out / "table.json").exists() and _numbers(before := read_results(out)[0]) == _numbers(table):
             wall.forget()  # nothing was computed now
             table |= {key: before[key] for key in ("environment", "wall", "resumed", "workers") if key in before}
         write_results(out, table, details)
@@ -277,6 +277,11 @@ def _run(name: str | None, arguments: list[str]) -> int:
     _print_table(table)
     print(f"to look at: {out / 'report.html'}\ntable, figures and every stage: {out}")
     return 0
+
+
+def _numbers(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows without what they are called: that may change with what a recipe's own settings are."""
+    return [{key: value for key, value in row.items() if key != "variant"} for row in table["rows"]]
 
 
 def _board(folder: Path | None) -> contextlib.AbstractContextManager[Any]:

@@ -275,6 +275,22 @@ def test_a_narrow_terminal_gets_the_table_in_parts_and_every_figure_whole(capsys
     assert sum(line.startswith("│ RTL ") for line in table) > 1  # every part says what its lines are of
 
 
+@pytest.mark.parametrize(("changed", "counted"), [({"variant": "lr=0.1"}, False), ({"samples": 1}, True)])
+def test_a_run_found_done_keeps_its_time_and_machine_whatever_its_rows_are_called_now(
+    capsys, folder, monkeypatch, changed, counted
+):
+    table = finished(folder / "done") | {"wall": 60.0, "resumed": 0, "workers": 7}
+    table["environment"]["processor"] = "another"
+    write_results(folder / "done", table, {})
+    rows = [one | changed for one in table["rows"]]
+    monkeypatch.setattr("rtl.recipes.run_recipe", lambda *_: (rows, {"class_names": [], "per_class": []}))
+    assert call(capsys, "run", "digits", "--out", "done", "--workers", "1")[0] == 0
+    after = json.loads((folder / "done/table.json").read_text())
+    assert after["rows"] == rows
+    assert (after["environment"]["processor"] == "another") is not counted
+    assert ((after["wall"], after["workers"]) == (60.0, 7)) is not counted
+
+
 def test_report_draws_the_figures_again(capsys, folder):
     finished(folder / "done")
     before = tree(folder)

@@ -25,7 +25,13 @@ from torch import Tensor
 
 from rtl.errors import InputError
 from rtl.progress import Progress, Task
-from rtl.workers import forwarding_progress, global_seed, map_in_processes, one_torch_thread
+from rtl.workers import (
+    forwarding_progress,
+    global_seed,
+    map_in_processes,
+    one_torch_thread,
+    release_freed_memory,
+)
 
 try:
     import fcntl
@@ -126,6 +132,7 @@ class Run:
             with global_seed(self.seed_for("stage", key)):
                 artefact = compute()
             self.save(key, artefact)
+            release_freed_memory()
         return self.load(key)
 
     def done(self, key: str) -> bool:

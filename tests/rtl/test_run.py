@@ -623,6 +623,33 @@ def test_a_process_can_keep_freed_memory_too(own):
     assert (int(done.stdout) < 16) == (not own)  # pages of the last tensor, 64 MiB, that had to be asked for
 
 
+RELEASED = """
+import sys, tempfile, torch
+import rtl.workers
+from rtl.run import Artefact, Run
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) >> 10
+
+rtl.workers.keep_freed_memory()
+rtl.workers.RELEASE_SECONDS = float(sys.argv[1])
+before = resident()
+large = [torch.ones(1 << 20) for _ in range(64)]
+del large
+Run(tempfile.mkdtemp()).stage("work", lambda: Artefact({"kept": torch.ones(8)}))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps, and releases")
+@pytest.mark.parametrize(("seconds", "held"), [(0, False), (3600, True)])
+def test_a_finished_stage_gives_freed_memory_back_now_and_then(seconds, held):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", RELEASED, str(seconds)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert (int(done.stdout) > 128) == held  # MiB; 256 were freed
+
+
 def give_a_function(run, item):
     return lambda: item
 

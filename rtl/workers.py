@@ -44,7 +44,7 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 _MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_MAX_": -4}  # their numbers in malloc.h
-RELEASE_SECONDS = 60.0  # what was released is faulted in again: a fifth of a second for a gigabyte
+RELEASE_SECONDS = 60.0  # what was released has to be faulted in again
 MAPPED_BYTES = 1 << 20  # a tensor as large as this is not copied into every worker
 
 _progress: Progress | None = None  # set in a worker process
@@ -95,7 +95,7 @@ def release_freed_memory() -> None:
     """Give freed memory back to the system, at most once in `RELEASE_SECONDS`, if the C library is glibc.
 
     Of what is kept, little fits what the next piece of work asks for, as small blocks that stay lie in between: over
-    hundreds of rounds a worker came to hold gigabytes, of which it used a tenth.
+    hundreds of rounds a worker came to hold gigabytes that it did not use.
     """
     global _released
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

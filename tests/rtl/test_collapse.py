@@ -188,6 +188,18 @@ def test_a_round_cut_short_is_passed_over():
     assert alarms(curve) == []
 
 
+@pytest.mark.parametrize(("jump", "direction"), [(0.5, "spike"), (-0.5, "fall")])
+def test_one_round_alone_gives_no_alarm_however_far_from_the_others(jump, direction):
+    values = falling(14)
+    odds = math.log(values[-1] / (1 - values[-1]))
+    once, twice = (
+        alarms(drawn([*values, *(1 / (1 + math.exp(-(odds + jump * min(n, rounds)))) for n in range(1, 5))]))
+        for rounds in (1, 2)
+    )
+    assert once == []
+    assert {(alarm.direction, alarm.round) for alarm in twice} == {(direction, 15)}
+
+
 def test_a_single_ticket_and_few_rounds_have_none():
     assert alarms(drawn([0.5] * 20, k=1)) == []
     assert alarms(drawn([0.9, 0.5, 0.9, 0.5])) == []

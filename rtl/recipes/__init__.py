@@ -157,7 +157,7 @@ def speech(protocol: str = "reduced") -> Speech:
         recipe="speech",
         protocol=protocol,
         clip_seconds=2.0 if reduced else 10.0,
-        train_clips=60 if reduced else 1200,  # of a scene; the paper does not say how many
+        train_clips=200 if reduced else 1200,  # of a scene; the paper does not say how many
         test_seconds=3.0 if reduced else 10.0,
         test_clips=20 if reduced else 100,
         snrs=(0.0, 5.0, -5.0),  # the paper does not say which
@@ -167,9 +167,11 @@ def speech(protocol: str = "reduced") -> Speech:
         sparsities=(0.25, 0.5, 0.75),
         remove=9342 if reduced else 4096,
         round_epochs=2 if reduced else 10,
-        retrain_epochs=4 if reduced else 10,
-        batch_size=2 if reduced else 8,  # the paper does not say how many
+        retrain_epochs=10,
+        batch_size=8,  # the paper does not say how many
         lr=5e-3 if reduced else 1e-4,
+        lr_schedule="cosine" if reduced else "constant",
+        init="torch",
     )
 
 

@@ -377,7 +377,7 @@ def test_whatever_differs_from_the_protocol_is_named_for_the_methods_it_matters_
 
 
 def test_every_method_is_trained_by_the_schedule_of_rates_that_is_asked_for():
-    config = dataclasses.replace(recipe("speech"), lr_schedule="cosine")
+    config = dataclasses.replace(recipe("speech", "paper"), lr_schedule="cosine")
     for method in config.methods:
         assert config.fit(method, 2).rate(0.5) == pytest.approx(config.lr / 2)
         assert config.variant(method) == "lr_schedule=cosine"

@@ -164,12 +164,16 @@ def by_label(data: Data, groups: Mapping[str, Sequence[str | int]] | None = None
             name. Samples of classes in no group are in no subset.
 
     Raises:
-        InputError: targets that are no labels; a class that is unknown or in two groups; a subset without samples.
+        InputError: targets that are no labels; a class that is unknown or in two groups; a name that several classes
+            have; a subset without samples.
     """
     if data.targets.dtype != torch.int64:
         raise InputError(f"data {data.name!r} has {data.targets.dtype} targets, but labels (int64) are needed")
     classes = data.class_names or tuple(str(label) for label in range(int(data.targets.max()) + 1 if len(data) else 0))
     if groups is None:
+        twice = next((name for label, name in enumerate(classes) if name in classes[:label]), None)
+        if twice is not None:
+            raise InputError(f"data {data.name!r} calls several classes {twice!r}: give groups, with labels in them")
         groups = {name: (label,) for label, name in enumerate(classes)}
     subset = [-1] * len(classes)
     names = tuple(groups)
@@ -282,14 +286,14 @@ def by_text(
     vectors = embed([name.replace("_", " ") for name in names], encoder)
     points = torch.from_numpy(vectors if dimensions is None else umap(vectors, dimensions, neighbors, seed))
     index, centroids = _hdbscan(points, min_cluster_size)
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[int]] = {}  # labels: several classes may have one name
     for k in range(len(centroids)):
         members = (index == k).nonzero().flatten().tolist()
         middle = members[int((points[members] - centroids[k]).norm(dim=1).argmin())]
-        groups[f"{names[middle]} and {len(members) - 1} more"] = [names[i] for i in members]
+        groups[f"{names[middle]} and {len(members) - 1} more"] = members
     partition = by_label(data, groups)
     for name, count in partition.counts().items():
-        show(f"{name} ({count:,} samples): {', '.join(groups[name])}")
+        show(f"{name} ({count:,} samples): {', '.join(names[label] for label in groups[name])}")
     return partition
 
 
@@ -375,6 +379,8 @@ def _not_empty(partition: Partition, argument: str) -> Partition:
 
 def _label(member: str | int, classes: tuple[str, ...], group: str) -> int:
     if isinstance(member, str) and member in classes:
+        if classes.count(member) > 1:
+            raise InputError(f"groups[{group!r}] holds {member!r}, as several classes are called: give their labels")
         return classes.index(member)
     if isinstance(member, int) and 0 <= member < len(classes):
         return member

@@ -138,6 +138,15 @@ def test_groups_that_cannot_be_are_refused(groups, words):
         by_label(labelled([0, 1, 2]), groups)
 
 
+def test_classes_of_one_name_are_told_apart_by_label_alone():
+    data = labelled([0, 1, 2], names=("crane", "dog", "crane"))  # a bird and a machine
+    with pytest.raises(InputError, match="calls several classes 'crane': give groups, with labels in them"):
+        by_label(data)
+    with pytest.raises(InputError, match=r"groups\['bird'\] holds 'crane', as several classes are called"):
+        by_label(data, {"bird": ["crane"]})
+    assert by_label(data, {"bird": [0], "machine": [2], "pet": ["dog"]}).index.tolist() == [0, 2, 1]
+
+
 def test_a_class_without_samples_is_named():
     with pytest.raises(InputError, match="the subset 'ship' no sample"):
         by_label(labelled([0, 1, 3]))

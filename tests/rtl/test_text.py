@@ -55,6 +55,12 @@ def test_a_subset_is_named_after_the_class_in_its_middle_and_the_composition_is_
     assert any("and 3 more (12 samples): pine_tree, oak_tree, palm_tree, treehouse" in line for line in lines)
 
 
+def test_classes_of_one_name_keep_all_their_samples():
+    names = ("pine_tree", "oak_tree", "palm_tree", "sea_lion", "sea_horse", "sea_lion")
+    parts = by_text(named(names), encoder=axes, dimensions=None, min_cluster_size=3, show=[].append)
+    assert sorted(parts.counts().values()) == [9, 9]
+
+
 def test_the_composition_is_printed_unless_told_otherwise(capsys):
     by_text(named(), encoder=axes, dimensions=None, min_cluster_size=3)
     assert "sea_lion, sea_horse, sea_urchin" in capsys.readouterr().out

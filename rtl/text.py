@@ -1,4 +1,4 @@
-"""Words as vectors: encoders that are packages and download nothing, and their reduction to a few dimensions."""
+"""Words as vectors: encoders that download nothing, and their reduction to a few dimensions."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ def wordllama(texts: Sequence[str]) -> np.ndarray:
     return vectors
 
 
+def wordnet(texts: Sequence[str]) -> np.ndarray:
+    """How near each noun is to all the others in WordNet, float64 (N, N): see `rtl.semantics.wordnet`, also for errors.
+
+    Needs WordNet's files. To say which sense a name has, encode by a function that calls that one with `senses`.
+    """
+    from rtl import semantics
+
+    return semantics.wordnet(texts).numpy()
+
+
 def ngrams(texts: Sequence[str]) -> np.ndarray:
     """TF-IDF of runs of 2 to 4 letters, float64 (N, D): spelling, not meaning. Needs nothing but scikit-learn."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -37,7 +47,7 @@ def ngrams(texts: Sequence[str]) -> np.ndarray:
     return vectors
 
 
-ENCODERS: dict[str, Encoder] = {"wordllama": wordllama, "ngrams": ngrams}
+ENCODERS: dict[str, Encoder] = {"wordllama": wordllama, "wordnet": wordnet, "ngrams": ngrams}
 
 
 def embed(texts: Sequence[str], encoder: str | Encoder) -> np.ndarray:
@@ -49,7 +59,11 @@ def embed(texts: Sequence[str], encoder: str | Encoder) -> np.ndarray:
         if encoder not in ENCODERS:
             raise InputError(f"encoder is {encoder!r}, expected one of {', '.join(ENCODERS)}, or a function")
         encoder = ENCODERS[encoder]
-    vectors = np.asarray(encoder(texts), np.float64)
+    given = encoder(texts)
+    try:
+        vectors = np.asarray(given, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"encoder gave a {type(given).__name__} that is no array ({error}), expected one") from error
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if vectors.ndim == 2 else np.zeros(1)
     if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all() or not (lengths > 0).all():
         raise InputError(

@@ -2,14 +2,18 @@
 
 import builtins
 import importlib.util
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score
 
 from rtl.data import Data
 from rtl.errors import InputError
 from rtl.partition import by_text
+from rtl.recipes.published import clusters
 from rtl.text import embed, ngrams
 
 NAMES = ("pine_tree", "oak_tree", "palm_tree", "sea_lion", "sea_horse", "sea_urchin", "treehouse")
@@ -75,13 +79,25 @@ def test_spelling_alone_clusters_names_that_share_a_word():
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1)
 
 
+def test_wordnet_clusters_cifar_100_much_as_the_paper_does():
+    root = os.environ.get("RTL_DATA")
+    if not root or not (Path(root) / "wordnet").is_dir():
+        pytest.skip("needs WordNet: set RTL_DATA to a data root that holds wordnet")
+    label = {name: k for k, members in enumerate(clusters("cifar100").values()) for name in members}
+    names = tuple(sorted(label))
+    parts = by_text(named(names, each=1), encoder="wordnet", dimensions=None, show=[].append)
+    assert len(parts) > 4
+    assert adjusted_rand_score([label[name] for name in names], parts.index) > 0.5  # 0 by chance
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder": "clip"}, "encoder is 'clip', expected one of wordllama, ngrams, or a function"),
+        ({"encoder": "clip"}, "encoder is 'clip', expected one of wordllama, wordnet, ngrams, or a function"),
         ({"encoder": lambda texts: np.zeros((len(texts), 2))}, "no vector zero"),
         ({"encoder": lambda texts: np.ones((2, 2))}, r"shape \(2, 2\), expected \(7, D\)"),
         ({"encoder": lambda texts: np.full((7, 2), np.nan)}, "finite"),
+        ({"encoder": lambda texts: [[1.0], [1.0, 2.0]]}, "encoder gave a list that is no array"),
         ({"dimensions": 0}, r"dimensions is 0, but 1\.\.5 is needed"),
         ({"neighbors": 1}, r"neighbors is 1, but 2\.\.6 is needed"),
         ({"min_cluster_size": 1}, r"min_cluster_size is 1, but 2\.\.7 is needed"),

@@ -25,6 +25,7 @@ STYLES = {
     "imp_multiple": ("#009E73", "^"),
     "dense": ("#555555", "none"),
 }
+_FURTHER = "Dv<>pP*hX"  # markers of a method's variants and protocols from its third on
 
 
 def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> Figure:
@@ -179,6 +180,8 @@ def _lines(found: Iterable[Row]) -> list[tuple[str, str, dict[str, Any], list[Ro
             style: dict[str, Any] = {"color": colour, "marker": marker}
             if number:
                 style |= {"linestyle": (0, (4, 1 + number)), "markerfacecolor": "none"}
+            if number > 1:  # at a single sparsity there is a marker alone
+                style["marker"] = _FURTHER[(number - 2) % len(_FURTHER)]
             drawn.append((method, row_name(method, key[1], key[2] if several else ""), style, groups[key]))
     return drawn
 

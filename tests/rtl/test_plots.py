@@ -63,6 +63,12 @@ def test_a_methods_variants_are_lines_of_their_own():
     assert drawn["RTL"].get_linestyle() != drawn["RTL (schedule=mixed)"].get_linestyle()
 
 
+def test_eleven_variants_at_one_sparsity_are_told_apart():
+    rows = [row(accuracy=n / 11) | {"variant": f"switch={n}"} for n in range(11)]
+    drawn = plots.metric_against_sparsity(rows, {"accuracy": "accuracy"}).axes[0].get_lines()
+    assert len({(line.get_marker(), line.get_markerfacecolor() == "none") for line in drawn}) == 11
+
+
 def test_protocols_of_merged_runs_are_lines_of_their_own():
     rows = [row("rtl", s, accuracy=s) for s in (0.5, 0.9)] + [row("dense", 0.0, accuracy=0.7)]
     rows += [one | {"protocol": "paper", "metrics": {"accuracy": 0.1}} for one in rows]

@@ -76,7 +76,8 @@ class Classification:
         start: where retraining starts: at "theta0", or at the weights "extracted" with the masks (shared ones: the mean
             of the tickets', see `Extraction.weights_at`).
         holdout: fraction of each class's training samples that no method trains on, to calibrate every method's scores
-            with (`rtl.calibrate`); 0: scores as they are.
+            with (`rtl.calibrate`); 0: scores as they are. Saved tickets, their routers and examples have theirs as they
+            are in any case.
         switches: settings to change one at a time, as NAME=VALUE: each is run beside the rest, in rows of its own, for
             the methods it makes a difference to.
         tag: what the results call these settings as a whole ("tuned"), in front of what else differs.

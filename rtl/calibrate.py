@@ -53,28 +53,38 @@ def calibrate(log_odds: Tensor, labels: Tensor) -> Calibration:
         raise InputError("log_odds holds NaN or infinity, expected finite scores: training diverged")
     if len(count) != log_odds.shape[1] or int(count.min()) == 0 or len(count) < 2:
         raise InputError(f"labels has {count.tolist()} samples of the classes, expected 2 or more classes, none empty")
-    return Calibration(_platt(log_odds, labels), _vector_scaling(log_odds, labels))
+    # Fitted in units of each class's own spread: else fits stop too early where scores hardly differ. A class whose
+    # scores do not, as of a collapsed ticket, gets the slope 0.
+    centre, spread = log_odds.mean(0), log_odds.std(0, correction=0)
+    per_unit = torch.where(spread > 1e-6, 1 / spread.clamp(min=1e-6), 0.0)
+    standard = (log_odds - centre) * per_unit
+
+    def back(fitted: Tensor) -> Tensor:
+        slope = fitted[0] * per_unit
+        return torch.stack([slope, fitted[1] - slope * centre])
+
+    return Calibration(back(_platt(standard, labels)), back(_vector_scaling(standard, labels)))
 
 
-def _platt(log_odds: Tensor, labels: Tensor) -> Tensor:
+def _platt(scores: Tensor, labels: Tensor) -> Tensor:
     from sklearn.linear_model import LogisticRegression
 
-    fitted = torch.empty(2, log_odds.shape[1], dtype=torch.float64)
-    for k in range(log_odds.shape[1]):
+    fitted = torch.empty(2, scores.shape[1], dtype=torch.float64)
+    for k in range(scores.shape[1]):
         # Its penalty on the slope is negligible, and keeps classes that can be told apart exactly finite.
-        model = LogisticRegression(C=1e4, class_weight="balanced").fit(log_odds[:, k : k + 1].numpy(), labels == k)
+        model = LogisticRegression(C=1e4, class_weight="balanced").fit(scores[:, k : k + 1].numpy(), labels == k)
         fitted[0, k], fitted[1, k] = float(model.coef_[0, 0]), float(model.intercept_[0])
     return fitted
 
 
-def _vector_scaling(log_odds: Tensor, labels: Tensor) -> Tensor:
-    fitted = torch.stack([torch.ones(log_odds.shape[1]), torch.zeros(log_odds.shape[1])]).double().requires_grad_()
+def _vector_scaling(scores: Tensor, labels: Tensor) -> Tensor:
+    fitted = torch.stack([torch.ones(scores.shape[1]), torch.zeros(scores.shape[1])]).double().requires_grad_()
     optimizer = torch.optim.LBFGS([fitted], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         # The same small penalty, for the same reason.
-        value = F.cross_entropy(fitted[0] * log_odds + fitted[1], labels) + 1e-6 * fitted.square().sum()
+        value = F.cross_entropy(fitted[0] * scores + fitted[1], labels) + 1e-6 * fitted.square().sum()
         value.backward()
         return value
 

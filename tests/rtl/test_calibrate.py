@@ -39,6 +39,25 @@ def test_the_threshold_balances_what_is_missed_on_both_sides():
         assert true_positive > 0.8
 
 
+@pytest.mark.parametrize("unit", [1e-4, 1e4])
+def test_calibration_does_not_depend_on_the_scores_unit(unit):
+    _, seen, labels = scored()
+    one, other = calibrate(seen, labels), calibrate(seen * unit, labels)
+    torch.testing.assert_close(other.ranking(seen * unit), one.ranking(seen), atol=0.01, rtol=0)
+    torch.testing.assert_close(other.probabilities(seen * unit), one.probabilities(seen), atol=1e-3, rtol=0)
+
+
+def test_a_class_whose_scores_are_all_equal_is_left_to_the_others():
+    _, seen, labels = scored()
+    seen[:, 0] = 3.0
+    fitted = calibrate(seen, labels)
+    assert fitted.argmax[0, 0] == fitted.threshold[0, 0] == 0  # nothing is known of what other scores would mean
+    ranked = fitted.ranking(seen).argmax(1)
+    assert (ranked == labels).double().mean() > 0.6
+    assert set(ranked.tolist()) == {0, 1, 2}
+    torch.testing.assert_close(fitted.probabilities(seen)[:, 0], torch.full((len(seen),), 0.5).double())
+
+
 def test_calibrating_twice_gives_equal_bits():
     _, seen, labels = scored(500)
     first, second = calibrate(seen, labels), calibrate(seen, labels)

@@ -40,7 +40,9 @@ class Fit:
             batch_size of K or more. "pooled": what all tickets draw for an epoch is shuffled together and presented
             once, so that a ticket is seen as often as it has samples, instead of as often as any other.
         batch_norm: of joint retraining. "per_ticket" statistics, "shared" ones, or "recalibrated": trained with shared
-            ones, after which each ticket's are measured on one epoch of its own samples, weights as they are.
+            ones, after which each ticket's are measured on one epoch of its own samples, weights as they are. In a
+            sequential step, which is one ticket's, all three normalise alike and give the same weights: they differ
+            in the statistics kept for later.
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
         masked: "update": neither a pruned weight nor its optimiser state moves. "gradient": its gradient is zero, and
             the optimiser does with that what it does: momentum from other tickets' steps moves the weight.

@@ -256,10 +256,12 @@ def test_the_network_is_ready_to_use_and_knows_what_it_took(tmp_path, parts):
 def test_batch_norm_statistics_are_of_each_tickets_own_samples_unless_shared(tmp_path):
     parts = by_label(images())
     fits = {mode: Fit(epochs=1, batch_size=16, lr=0.01, batch_norm=mode) for mode in ("per_ticket", "shared")}
-    means = {}
+    means, weights = {}, {}
     for mode, fit in fits.items():
         net = retrain(seeded(TinyConv), random_masks(seeded(TinyConv)), parts, fit, quiet(tmp_path / mode))
         means[mode] = net.net.model.features[1].running_mean
+        weights[mode] = dict(net.net.model.named_parameters())
+    torch.testing.assert_close(weights["shared"], weights["per_ticket"])  # a sequential step is one ticket's
     assert means["shared"].shape == (4,)
     assert means["per_ticket"].shape == (3, 4)
     assert (means["per_ticket"][0] - means["per_ticket"][1]).abs().max() > 1e-4

@@ -31,7 +31,7 @@ from rtl.predict import Inputs
 from rtl.recipes.experiment import Details, Method, Row, check_choices, levels, tickets_details, what_differs
 from rtl.recipes.published import clusters
 from rtl.retrain import presented, retrain, retrained
-from rtl.run import Artefact, Run, slug
+from rtl.run import COMPONENT, Artefact, Run, slug
 from rtl.tasks import MultiClass, OneVsRest
 from rtl.tensorboard import Board
 from rtl.tickets import TicketMasks, TicketNetwork, Tickets
@@ -138,6 +138,8 @@ class Classification:
         possible = sorted({setting for settings in DEPENDS_ON.values() for setting in settings})
         if not equals or name not in possible or name in (*_DATA, "milestones"):
             raise InputError(f"switches holds {switch!r}, expected NAME=VALUE with a setting such as batch_norm=shared")
+        if not COMPONENT.fullmatch(switch):  # it names a folder
+            raise InputError(f"switches holds {switch!r}, expected letters, digits and . _ - for the value")
         before = getattr(self, name)
         try:
             if isinstance(before, bool):

@@ -165,6 +165,7 @@ def test_an_unknown_recipe_or_protocol_is_refused(name, protocol, message):
         ({"switches": ("schedule=mixd",)}, "schedule is 'mixd'"),
         ({"init": "xavier"}, "init is 'xavier', expected 'kaiming' or 'torch'"),
         ({"switches": ("lr=fast",)}, "switches holds 'lr=fast', but lr is a number"),
+        ({"switches": ("lr=+0.01",)}, r"switches holds 'lr=\+0.01', expected letters, digits and \. _ - for the value"),
         ({"switches": ("schedule=sequential",)}, "which schedule is anyway"),
         ({"switches": ("lr=2e-3",)}, "which lr is anyway"),
         ({"switches": ("schedule=mixed",) * 2}, "'schedule=mixed' changes what another one does"),

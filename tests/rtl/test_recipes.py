@@ -188,6 +188,19 @@ def test_a_switch_reads_numbers_as_they_are_written(switch, value):
     assert (changed, type(changed)) == (value, type(value))
 
 
+def test_every_open_choices_switch_changes_that_alone_in_pruning_and_training():
+    def settings(config):
+        chosen = {name: getattr(config, name) for name in ("start", "init", "round_epochs")}
+        return dataclasses.asdict(config.plan) | config.fit("rtl", config.retrain_epochs).described() | chosen
+
+    config = recipe("cifar10-switches")
+    own = settings(config)
+    for switch in config.switches:
+        name, _, value = switch.partition("=")
+        changed = {key: v for key, v in settings(config.switched(switch)).items() if v != own[key]}
+        assert {key: str(v) for key, v in changed.items()} == {name: value}
+
+
 def test_a_variant_names_what_differs_for_the_methods_it_differs_for():
     assert recipe("digits").variant("rtl") == ""
     config = dataclasses.replace(recipe("digits"), schedule="mixed", batch_norm="shared")

@@ -25,6 +25,7 @@ STYLES = {
     "imp_multiple": ("#009E73", "^"),
     "dense": ("#555555", "none"),
 }
+_ON_COLOUR: Any = {"bbox": {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5}}
 _FURTHER = "Dv<>pP*hX"  # markers of a method's variants and protocols from its third on
 
 
@@ -103,6 +104,28 @@ def similarity_by_depth(level: Similarity, sparsity: float, panels: int = 4) -> 
         axis.set_yticks(range(len(level.names)), level.names if axis is axes[0] else [], fontsize=7)
     figure.suptitle(f"mask similarity (Jaccard) at {sparsity:.0%} sparsity, from shallow to deep", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, pad=0.01)
+    return figure
+
+
+def crossed(levels: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str]) -> Figure:
+    """SI-SNRi of every ticket (a row) on every scene's test clips (a column), a panel a sparsity."""
+    values = np.array(list(levels.values()))  # (levels, K, K)
+    figure, axes = _figure(len(levels), height=3.4)
+    image: Any = None
+    for axis, (level, own) in zip(axes, zip(levels, values, strict=True), strict=True):
+        # A scene's own difficulty taken out, colours say what a ticket is worth there.
+        image = axis.imshow(
+            own - own.max(0), cmap="viridis", vmin=float((values - values.max(1)[:, None]).min()), vmax=0
+        )
+        for ticket, scene in np.ndindex(own.shape):
+            axis.text(scene, ticket, f"{own[ticket, scene]:.2f}", ha="center", va="center", fontsize=8, **_ON_COLOUR)
+        axis.set_title(f"{float(level):.0%} sparsity", fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=8)
+        axis.set_xlabel("scene of the clips")
+    axes[0].set_ylabel("ticket")
+    figure.suptitle("SI-SNRi (dB) of every ticket on every scene", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.7, pad=0.01, label="dB below the scene's best ticket")
     return figure
 
 

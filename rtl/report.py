@@ -255,6 +255,8 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
     for level, values in details.get("similarity", {}).items():
         depth = plots.similarity_by_depth(Similarity.from_json(values), float(level))
         draw(f"similarity-by-depth-{level}", depth)
+    if "crossed" in details:
+        draw("crossed", plots.crossed(details["crossed"], details["class_names"]))
     if "per_image" in details:
         draw("psnr-by-image", plots.psnr_by_image(details["per_image"]))
         draw("psnr-against-similarity", plots.psnr_against_similarity(details["per_image"]))

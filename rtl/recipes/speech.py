@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import math
@@ -18,11 +19,11 @@ from rtl import models
 from rtl.data import Data, data_root
 from rtl.data.speech import PEAK, RATE, corpus, mixtures, scenes, soundfile_module
 from rtl.errors import InputError
-from rtl.evaluate import predict
+from rtl.evaluate import evaluate, predict
 from rtl.extract import PrunePlan
 from rtl.fit import Fit, masked_copy
 from rtl.models.small import draw_as_torch_
-from rtl.partition import by_metadata, whole
+from rtl.partition import Partition, by_metadata, whole
 from rtl.recipes.experiment import (
     Details,
     Method,
@@ -38,6 +39,7 @@ from rtl.recipes.experiment import (
 )
 from rtl.run import Run, slug, write_atomically
 from rtl.tasks import Enhancement
+from rtl.tickets import TicketNetwork
 
 HEARD: tuple[Method, ...] = ("rtl", "imp_single")  # in the examples
 _DATA = ("clip_seconds", "train_clips", "test_seconds", "test_clips", "snrs", "mix_seed")
@@ -165,7 +167,7 @@ def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[
 
     Returns:
         The rows of table.json, and the details: "per_class", the scenes' figures of every row; "clips", what the
-        examples are; and `tickets_details` of the first seed's tickets.
+        examples are; and of the first seed's tickets `tickets_details`, and "crossed", by sparsity (see `crossed`).
 
     Raises:
         InputError: see `Run.configure` and the method's own functions.
@@ -211,7 +213,9 @@ def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[
     mine = [outcome for outcome in outcomes if outcome.trial.run.seed == config.seeds[0]]
     for outcome in mine:
         if outcome.trial.method == "rtl":
-            outcome.networks()[0].save_pretrained(run.path / "tickets" / f"{outcome.masks.sparsity:g}")
+            level, net = f"{outcome.masks.sparsity:g}", outcome.networks()[0]
+            net.save_pretrained(run.path / "tickets" / level)
+            details.setdefault("crossed", {})[level] = crossed(net, heard)
     first = next((outcome for outcome in mine if outcome.trial.method in ("rtl", "imp_multiple")), None)
     if first is not None and len(parts) > 1:
         details |= tickets_details(first.tickets)
@@ -222,6 +226,12 @@ def run_speech(config: Speech, run: Run, train: Data, test: Data) -> tuple[list[
         }
         _write_examples(run, name, test.select(clip), mine)
     return rows, details
+
+
+def crossed(net: TicketNetwork, test: Partition) -> list[list[float]]:
+    """SI-SNRi (dB) of every ticket on every subset, (K, K): what the right ticket is worth."""
+    given = (dataclasses.replace(test, index=torch.full_like(test.index, ticket)) for ticket in range(len(test)))
+    return [evaluate(net, everything, per=test).per_class["si_snri"] for everything in given]
 
 
 def _write_examples(run: Run, scene: str, clip: Data, outcomes: Sequence[Outcome]) -> None:

@@ -124,6 +124,16 @@ def test_similarity_by_depth_shows_all_layers_together_and_some_from_the_first_t
     assert all(axis.get_images()[0].get_clim() == (0, 1) for axis in panels)
 
 
+def test_crossed_writes_each_figure_and_colours_it_by_its_distance_from_the_scenes_best():
+    figure = plots.crossed({"0.5": [[5.0, 1.0], [4.5, 3.0]], "0.75": [[4.0, 1.0], [4.0, 1.5]]}, ("in", "out"))
+    first, second = (axis for axis in figure.axes if axis.get_images())
+    assert [text.get_text() for text in first.texts] == ["5.00", "1.00", "4.50", "3.00"]
+    assert first.get_images()[0].get_array().tolist() == [[0, -2], [-0.5, 0]]
+    assert first.get_images()[0].get_clim() == second.get_images()[0].get_clim() == (-2, 0)
+    assert first.get_title() == "50% sparsity"
+    assert [label.get_text() for label in first.get_yticklabels()] == ["in", "out"]
+
+
 @pytest.mark.parametrize(("k", "layers"), [(1, 1), (2, 2), (3, 1)])
 def test_few_tickets_and_few_layers_are_drawn(k, layers, tmp_path):
     plots.save(plots.similarity_by_depth(level(0.5, k, layers), 0.5), tmp_path / "depth.png")

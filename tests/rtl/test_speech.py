@@ -477,6 +477,26 @@ def test_the_figure_is_that_of_the_saved_tickets(experiment):
     assert evaluate(net, parts, batch_size=4).metrics["si_snri"] == pytest.approx(np.mean(improved), abs=0.01)
 
 
+def test_every_ticket_is_heard_on_every_scene(experiment):
+    run, (train, test), rows, details = experiment
+    net = TicketNetwork.from_pretrained(run.path / "tickets/0.5")
+    names = details["class_names"]
+    (found,) = details["crossed"].values()
+    for k, name in enumerate(names):
+        assert found[k][k] == pytest.approx(rows[0]["metrics"][f"si_snri.{name}"], abs=1e-6)
+    parts = by_metadata(train, "scene").apply(test)
+    other = test.inputs[parts[names[1]]]
+    with torch.no_grad():
+        clips = net(other, ticket=[names[0]] * len(other)).double()
+    clean = test.targets[parts[names[1]]].double()
+    improved = [
+        si_snr(*pair) - si_snr(*given)
+        for *pair, given in zip(clips, clean, zip(other.double(), clean, strict=True), strict=True)
+    ]
+    assert found[0][1] == pytest.approx(np.mean(improved), abs=1e-4)
+    assert found[0][1] != found[1][1]
+
+
 def test_params_and_samples_are_those_of_equal_terms(experiment):
     _, (train, test), rows, _ = experiment
     of = {r["method"]: r for r in rows}

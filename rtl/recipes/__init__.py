@@ -171,7 +171,6 @@ def speech(protocol: str = "reduced") -> Speech:
         batch_size=8,  # the paper does not say how many
         lr=5e-3 if reduced else 1e-4,
         lr_schedule="cosine" if reduced else "constant",
-        init="torch",
     )
 
 

@@ -561,7 +561,18 @@ def _classes(run: RunView) -> str:
     ]
     rule = ", score ≥ ½," if found.unit == "balanced accuracy" else ""
     caption = f"{found.unit}{rule} of {found.of}, by sparsity"
-    return table(["ticket", *map(percent, levels)], body, sortable=True, caption=caption)
+    own = table(["ticket", *map(percent, levels)], body, sortable=True, caption=caption)
+    return own + "".join(_crossed(run, level) for level in run.details.get("crossed", {}))
+
+
+def _crossed(run: RunView, level: str) -> str:
+    names = run.details["class_names"]
+    body = [
+        [ticket, *((f"{value:.3f}", value) for value in values)]
+        for ticket, values in zip(names, run.details["crossed"][level], strict=True)
+    ]
+    caption = f"SI-SNRi (dB) of every ticket on every scene, {percent(float(level))} sparsity"
+    return table(["ticket", *(f"on {name}" for name in names)], body, sortable=True, caption=caption)
 
 
 def _examples(run: RunView) -> str:

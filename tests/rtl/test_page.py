@@ -267,6 +267,11 @@ def test_every_scenes_ticket_is_shown(folder):
     text = each_ticket(view, per_class=per_class, alarms=[])
     assert "SI-SNRi (dB) of each ticket, first seed, by sparsity" in text
     assert all(value in text for value in ("indoor", "5.250", "5.500", "outdoor", "7.500"))
+    assert "every ticket on every scene" not in text
+    crossed = {"class_names": ["indoor", "outdoor"], "crossed": {"0.5": [[5.5, 6.125], [1.25, 7.5]]}}
+    text = each_ticket(view, per_class=per_class, alarms=[], **crossed)
+    assert "SI-SNRi (dB) of every ticket on every scene, 50% sparsity" in text
+    assert all(value in text for value in ("on outdoor", "6.125", "1.250"))
 
 
 def test_routers_of_several_protocols_are_not_averaged(folder):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import re
@@ -31,8 +32,8 @@ example: rtl run digits --seeds 0 1 --out runs/two-seeds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0; 1 if a worker died; 2 for bad input; 130 if interrupted; 141 if
-    nobody reads what it prints."""
+    """Run one command; returns the exit status: 0; 1 if a worker died or a disk is full; 2 for bad input; 130 if
+    interrupted; 141 if nobody reads what it prints."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # the process is the command's own
         keep_freed_memory()
@@ -55,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"rtl: {error.strerror}: make room, and give the same command again", file=sys.stderr)
+        return 1
 
 
 def _show_warning(

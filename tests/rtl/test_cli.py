@@ -1,5 +1,6 @@
 """rtl.cli: four commands; what is wrong is said in one line with status 2, and nothing is written."""
 
+import errno
 import json
 import os
 import re
@@ -435,6 +436,7 @@ def test_report_of_an_unfinished_run_says_to_finish_it(capsys, folder):
         (KeyboardInterrupt(), 130, "rtl: interrupted; the same command resumes\n"),
         (ChildProcessError("worker 7 died: run again to resume"), 1, "rtl: worker 7 died: run again to resume\n"),
         (PermissionError(13, "Permission denied", "/there"), 2, "rtl: Permission denied: /there: give another path\n"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "rtl: No space left: make room, and give the same command again\n"),
     ],
 )
 def test_what_stops_a_command_is_said_in_one_line(capsys, monkeypatch, error, code, message):
@@ -445,10 +447,11 @@ def test_what_stops_a_command_is_said_in_one_line(capsys, monkeypatch, error, co
     assert call(capsys, "ls") == (code, "", message)
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.EIO, "Input/output error")])
+def test_a_bug_keeps_its_traceback(monkeypatch, error):
     def bug(_):
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(rtl.cli, "_dispatch", bug)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         main(["ls"])

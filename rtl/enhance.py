@@ -86,7 +86,7 @@ def enhance(
             gain = 1.0 if peak <= 1 else PEAK / peak
             samples.seek(0)
             while data := samples.read(audio.channels * 4 * RATE):
-                written.write(np.frombuffer(data, np.float32).reshape(-1, audio.channels) * np.float32(gain))
+                _write(written, np.frombuffer(data, np.float32).reshape(-1, audio.channels) * np.float32(gain), target)
     return gain
 
 
@@ -109,6 +109,14 @@ def _opened_like(audio: Any, file: Path, target: Path) -> Any:
         written.close()
         raise InputError(f"output is {str(target)!r}, a format of 4 GiB at most, but this takes {size} bytes: use FLAC")
     return written
+
+
+def _write(written: Any, samples: np.ndarray, target: Path) -> None:
+    try:
+        written.write(samples)
+    except RuntimeError as error:
+        reason = getattr(error, "error_string", error)  # libsndfile's: it does not say that a disk is full
+        raise InputError(f"output is {str(target)!r}, which cannot be written ({reason}): is there room?") from error
 
 
 def _sweep(target: Path) -> None:

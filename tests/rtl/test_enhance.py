@@ -156,6 +156,19 @@ def test_what_cannot_be_enhanced_leaves_no_file(tmp_path, net, short_windows, sa
     assert [f.name for f in tmp_path.iterdir()] == ["a.wav"]
 
 
+def test_a_full_disk_leaves_nothing_and_is_said(tmp_path, net, monkeypatch):
+    def full(self, samples):
+        raise sf.LibsndfileError(2)
+
+    source = write(tmp_path / "a.wav", noise(0.4))
+    monkeypatch.setattr(sf.SoundFile, "write", full)
+    with pytest.raises(
+        InputError, match=r"output is '.*out.wav', which cannot be written \(System error.*\): is there room"
+    ):
+        enhancing.enhance(net, "outdoor", source, tmp_path / "out.wav")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]
+
+
 @pytest.mark.parametrize(
     ("channels", "rate", "out", "message"),
     [

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtl.calibrate import Calibration
 from rtl.data import Data
@@ -55,22 +55,26 @@ def evaluate(
         test: samples. With `Data`, label k belongs to the ticket that learnt subset k; a `Partition` says which subset
             each sample is of (-1 belongs to none: a negative for every ticket, left out of accuracy).
         per: without classes, the subsets of the same samples that get figures of their own, NaN for an empty one.
-            None: those of `test`, where it is a Partition.
+            None: those of `test`, where it is a Partition. With classes evaluate one subset's samples alone:
+            `parts.apply(data.select(parts.apply(data)["north"]))`.
         batch_size: samples a forward pass sees. None: so many that all tickets together compute 512 rows, which stay in
             a processor's cache (for ten tickets that took half the time of 5,120 rows).
         calibration: of these networks' scores (`rtl.calibrate`), for classes; None: scores as they are.
         logits: of one network of one-vs-rest tickets: its `ticket_logits` of these samples, if they are known.
 
     Raises:
-        InputError: nothing to evaluate on, a label that no ticket stands for, or a task that is not known.
+        InputError: nothing to evaluate or to evaluate on, a label that no ticket stands for, two tickets of one subset,
+            a task that is not known, or `per` with classes.
     """
-    nets = [net] if isinstance(net, TicketNetwork) else list(net)
+    nets = _networks(net)
     data, index = (test.data, test.index) if isinstance(test, Partition) else (test, None)
     task = TASKS.get(nets[0].task)
     if task is None:
         raise InputError(f"net is of task {nets[0].task!r}, expected one of {', '.join(TASKS)}")
     if len(data) == 0:
         raise InputError("test holds no samples")
+    if per is not None and not isinstance(task, Measured):
+        raise InputError(f"per is given, but net is of task {nets[0].task!r}: evaluate each subset's samples alone")
     if isinstance(task, OneVsRest):
         outputs = [output for one in nets for output in one.outputs]
         labels = _labels(data, index, sorted(outputs))
@@ -80,12 +84,27 @@ def evaluate(
         return _calibrated(calibration, logits, labels)
     if isinstance(task, Measured):
         return _measured(task, nets, test, per or (test if isinstance(test, Partition) else None), batch_size)
-    if len(nets) > 1:
-        raise InputError(f"net is {len(nets)} networks of task {nets[0].task!r}: evaluate them one by one")
     output = predict(nets, test, batch_size)
     if calibration is None:
         return classification_metrics(output.softmax(1).numpy(), data.targets.numpy())
     return _calibrated(calibration, _class_log_odds(output), data.targets.numpy())
+
+
+def _networks(net: TicketNetwork | Sequence[TicketNetwork]) -> list[TicketNetwork]:
+    nets: list[TicketNetwork] = [net] if isinstance(net, nn.Module) else list(net)
+    if not nets:
+        raise InputError("net is empty, expected a network or more")
+    for one in nets:
+        if not isinstance(one, TicketNetwork):
+            raise InputError(f"net is a {type(one).__name__}, expected what rtl.retrain gives, or several of them")
+    outputs = [output for one in nets for output in one.outputs]
+    repeated = sorted({output for output in outputs if outputs.count(output) > 1})
+    if repeated:
+        raise InputError(
+            f"net has {outputs.count(repeated[0])} tickets for subset {repeated[0]}, expected one for each: evaluate "
+            "networks that are no parts of one, such as several seeds', one by one"
+        )
+    return nets
 
 
 def _measured(
@@ -109,7 +128,7 @@ def log_odds(net: TicketNetwork | Sequence[TicketNetwork], data: Data, *, batch_
 
     Arguments as for `evaluate`, which scores samples by the same numbers. Raises InputError for a task without classes.
     """
-    nets = [net] if isinstance(net, TicketNetwork) else list(net)
+    nets = _networks(net)
     if nets[0].task == "one_vs_rest":
         return _ticket_logits(nets, data, batch_size)
     if nets[0].task != "multi_class" or len(nets) > 1:
@@ -171,7 +190,10 @@ def _outputs(
         index = torch.full((len(data),), nets[0].outputs[0])
     unknown = sorted(set(index.unique().tolist()) - {subset for net in nets for subset in net.outputs})
     if unknown:
-        raise InputError(f"test holds samples of subset {unknown[0]}, which no ticket stands for")
+        raise InputError(
+            f"test holds samples of subset {unknown[0]}, which no ticket stands for: leave them out, or give a network "
+            "that learnt from all data the Data itself"
+        )
     for net in nets:
         net.eval()
         mask = {subset: k for k, subset in enumerate(net.outputs)}

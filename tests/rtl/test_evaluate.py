@@ -165,8 +165,28 @@ def test_multi_class_tickets_each_predict_in_their_own_subset():
         evaluate(net, data)
     with pytest.raises(InputError, match="subset -1, which no ticket stands for"):
         evaluate(net, Partition(data, ("y", "x"), index - 1, LabelRule((), ())))
-    with pytest.raises(InputError, match="net is 2 networks of task 'multi_class'"):
+    alone = [identity_network(("xy"[k],), (1 - k,), "multi_class", 3, masks=masks[k : k + 1]) for k in (0, 1)]
+    assert evaluate(alone, Partition(data, ("y", "x"), index, LabelRule((), ()))) == found
+    with pytest.raises(InputError, match=r"each serve a subset: pass parts.apply\(test\)"):
+        evaluate(alone, data)
+
+
+def test_what_is_no_network_of_tickets_is_refused():
+    net, data = identity_network(), logits()
+    with pytest.raises(InputError, match="net is a RoutedModel, expected what rtl.retrain gives"):
+        evaluate(net.net, data)
+    with pytest.raises(InputError, match="net is empty"):
+        evaluate([], data)
+    with pytest.raises(InputError, match="net has 2 tickets for subset 0.*several seeds', one by one"):
         evaluate([net, net], data)
+
+
+def test_subsets_of_classes_are_evaluated_by_themselves():
+    data = logits()
+    net = identity_network(("x", "y"), task="multi_class", classes=3, masks=torch.ones(2, 3, 3, dtype=torch.bool))
+    parts = Partition(data, ("x", "y"), torch.arange(60) % 2, LabelRule((), ()))
+    with pytest.raises(InputError, match="per is given, but net is of task 'multi_class'"):
+        evaluate(net, parts, per=parts)
 
 
 def test_regression_is_the_mean_squared_error_of_each_samples_own_ticket():

@@ -563,11 +563,13 @@ def convert(
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
 
     Raises:
-        TypeError: `scope` is a string.
+        TypeError: `model` is no module, or `scope` a string.
         ValueError: num_masks < 1; nothing to mask is in scope, a glob matches no layer, a layer is masked already, or
             has parametrisations or a shape not yet known; batch_norm is neither, or "per_ticket" where another layer
             than `nn.BatchNorm2d` mixes samples; affine_per_ticket without it.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
     if num_masks < 1:
         raise ValueError(f"num_masks is {num_masks}, expected at least 1")
     if batch_norm not in ("shared", "per_ticket"):

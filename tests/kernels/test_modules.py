@@ -197,6 +197,8 @@ def test_convert_refuses_models_it_does_not_understand():
     for again in (net, net.model, nn.Sequential(net.model.head)):
         with pytest.raises(ValueError, match="model is converted already, expected a dense one"):
             rk.nn.convert(again, K)
+    with pytest.raises(TypeError, match=r"model is a type, expected an nn.Module"):
+        rk.nn.convert(Net, K)
     with pytest.raises(ValueError, match="nothing to mask"):
         rk.nn.convert(nn.ReLU(), K)
     with pytest.raises(ValueError, match="1 is lazy: run the model once before it is converted"):

@@ -309,10 +309,10 @@ def _check(x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor
         expected = (masks, out_channels) if untied else (out_channels,)
         if bias.shape != expected:
             raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {expected}")
-        if bias.dtype != dtype:
-            raise TypeError(f"bias has dtype {bias.dtype}, expected x's, {dtype}")
     if weight.dtype != dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected x's, {dtype}")
+    if bias is not None and bias.dtype != dtype:
+        raise TypeError(f"bias has dtype {bias.dtype}, expected x's, {dtype}")
     offsets = route.offsets
     # Where all are on the CPU, asking that is the quickest.
     if not (x.is_cpu and weight.is_cpu and words.is_cpu and offsets.is_cpu and (bias is None or bias.is_cpu)):

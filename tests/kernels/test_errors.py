@@ -69,10 +69,9 @@ def test_dtypes_must_be_supported_and_equal(function):
         call(function, x=torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"x has dtype torch.complex64, expected one of"):
         call(function, x=torch.zeros(shape, dtype=torch.complex64))
-    with pytest.raises(TypeError, match=r"bias has dtype torch.float32, expected x's, torch.float64"):
-        call(function, x=torch.zeros(shape, dtype=torch.float64))
-    with pytest.raises(TypeError, match=r"weight has dtype torch.float32, expected x's, torch.float64"):
-        call(function, x=torch.zeros(shape, dtype=torch.float64), bias=None)
+    for bias in ({}, {"bias": None}):  # the layer is of another dtype, not its bias alone
+        with pytest.raises(TypeError, match=r"weight has dtype torch.float32, expected x's, torch.float64"):
+            call(function, x=torch.zeros(shape, dtype=torch.float64), **bias)
     with pytest.raises(TypeError, match=r"bias has dtype torch.float16, expected x's, torch.float32"):
         call(function, bias=torch.zeros(6, dtype=torch.float16))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,17 +124,18 @@ class TicketNetwork(nn.Module):
 
         Args:
             x: (B, ...).
-            ticket: a name or number for all samples, or B of them.
+            ticket: a name or number for all samples, or B of them. A tensor of B numbers may hold -1: no mask.
 
         Raises:
             InputError: an unknown ticket, or a number of tickets other than B.
+            IndexError, TypeError: a tensor holds what is no number of a ticket.
         """
-        if isinstance(ticket, str | int):
-            index = torch.full((len(x),), self.position(ticket), device=x.device)
-        elif isinstance(ticket, Tensor):
+        if isinstance(ticket, Tensor) and ticket.dim() > 0:
             index = ticket
-        else:
+        elif isinstance(ticket, Iterable) and not isinstance(ticket, str | Tensor):
             index = torch.tensor([self.position(t) for t in ticket], dtype=torch.int64, device=x.device)
+        else:
+            index = torch.full((len(x),), self.position(ticket), device=x.device)
         if len(index) != len(x):
             raise InputError(f"ticket names {len(index)} tickets, but x holds {len(x)} samples")
         return self.net(x, index)
@@ -221,9 +223,13 @@ class TicketNetwork(nn.Module):
         """The number of a ticket, 0..K-1, by its name or number. Raises InputError for one that is not there."""
         if isinstance(ticket, str):
             return position(self.names, ticket)
-        if not 0 <= ticket < len(self.names):
-            raise InputError(f"ticket is {ticket}, but there are {len(self.names)} (0..{len(self.names) - 1})")
-        return ticket
+        try:
+            number = operator.index(ticket)  # also numpy's and torch's; a fraction is refused
+        except TypeError as error:
+            raise InputError(f"ticket is {ticket!r}, expected a name or a number") from error
+        if not 0 <= number < len(self.names):
+            raise InputError(f"ticket is {number}, but there are {len(self.names)} (0..{len(self.names) - 1})")
+        return number
 
 
 def saved_levels(run: str | Path) -> dict[float, Path]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,8 @@ def test_params_is_the_union_and_named_tickets_can_be_taken_alone():
 
 def test_a_name_a_number_a_list_and_a_tensor_say_the_same(net, x):
     one = net(x, ticket="b")
-    assert torch.equal(net(x, ticket=1), one)
+    for number in (1, np.int64(1), torch.tensor(1), np.ones(6, dtype=np.int64), [torch.tensor(1)] * 6):
+        assert torch.equal(net(x, ticket=number), one)
     assert torch.equal(net(x, ticket=["b"] * 6), one)
     assert torch.equal(net(x, ticket=torch.ones(6, dtype=torch.int64)), one)
     assert differs(net(x, ticket="a"), one)
@@ -92,6 +94,9 @@ def test_every_sample_goes_through_every_ticket(net, x):
         (["a", "b", "c", "a", "b", "dog"], "ticket is 'dog', expected one of a, b, c"),
         (3, r"ticket is 3, but there are 3 \(0..2\)"),
         (-1, "ticket is -1"),
+        (1.0, "ticket is 1.0, expected a name or a number"),
+        ([0.5] * 6, "ticket is 0.5, expected a name or a number"),
+        (None, "ticket is None, expected a name or a number"),
         (["a", "b"], "ticket names 2 tickets, but x holds 6 samples"),
         (torch.zeros(2, dtype=torch.int64), "ticket names 2 tickets, but x holds 6 samples"),
     ],

@@ -73,6 +73,7 @@ class OneVsRest:
         return (parts.index[index] == ticket).float()
 
     def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
+        _check_logits(output, int(ticket.max()), "ticket")
         logit = output.gather(1, ticket[:, None]).squeeze(1)
         return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
@@ -84,12 +85,17 @@ class MultiClass:
     name = "multi_class"
 
     def draw(self, parts: Partition, ticket: int, generator: torch.Generator) -> Tensor:
+        if parts.data.targets.dtype != torch.int64:
+            raise InputError(
+                f"targets are {parts.data.targets.dtype}, expected labels (int64), or rtl.tasks.Regression()"
+            )
         return _shuffled(parts[ticket], generator)
 
     def target(self, parts: Partition, ticket: int, index: Tensor) -> Tensor:
         return parts.data.targets[index]
 
     def losses(self, output: Tensor, target: Tensor, ticket: Tensor) -> Tensor:
+        _check_logits(output, int(target.max()), "label")
         return F.cross_entropy(output, target, reduction="none")
 
 
@@ -216,6 +222,14 @@ def psnr(mse: float) -> float:
 TASKS: dict[str, Task] = {
     task.name: task for task in (OneVsRest(), MultiClass(), Regression(), Pixels(), Enhancement())
 }
+
+
+def _check_logits(output: Tensor, largest: int, of: str) -> None:
+    if output.dim() != 2 or output.shape[1] <= largest:
+        raise InputError(
+            f"the model gives outputs of shape {tuple(output.shape)}, but there is a {of} {largest}: expected a logit "
+            f"for each {of}, (batch, {largest + 1}) or more"
+        )
 
 
 def _squared_errors(output: Tensor, target: Tensor) -> Tensor:

@@ -84,6 +84,23 @@ def test_one_vs_rest_loss_is_the_cross_entropy_of_the_tickets_own_logit():
         torch.testing.assert_close(losses[b], -(p if target[b] else 1 - p).log())
 
 
+@pytest.mark.parametrize(("task", "of"), [(OneVsRest(), "ticket"), (MultiClass(), "label")])
+def test_a_model_with_too_few_logits_is_refused(task, of):
+    target = torch.tensor([1.0, 0, 1]) if of == "ticket" else torch.tensor([0, 1, 2])
+    with pytest.raises(
+        InputError, match=rf"outputs of shape \(3, 2\), but there is a {of} 2: expected a logit for each"
+    ):
+        task.losses(torch.randn(3, 2), target, torch.tensor([0, 1, 2]))
+    with pytest.raises(InputError, match=r"outputs of shape \(3,\)"):
+        task.losses(torch.randn(3), target, torch.tensor([0, 1, 2]))
+
+
+def test_multi_class_needs_labels():
+    parts = whole(Data(torch.randn(4, 2), torch.randn(4)))
+    with pytest.raises(InputError, match=r"targets are torch.float32, expected labels .* or rtl.tasks.Regression\(\)"):
+        draw(MultiClass(), parts, 0)
+
+
 def test_multi_class_learns_the_datas_own_labels_in_the_subset():
     data = blobs((20, 20, 20))
     parts = by_label(data, {"two": ["a", "c"], "one": ["b"]})

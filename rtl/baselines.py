@@ -2,6 +2,7 @@
 
 All start at the same θ0. Pruning methods are presented with the same number of samples: a multi-class network has no
 negatives, so it trains twice the epochs of the one-vs-rest tickets. Dense has no rounds, only their last training.
+Tickets that are multi-class themselves have no negatives either: leave `epochs=` out below.
 
 `rtl run` compares with all of them. Beside tickets of your own (see README), each in a folder of its own of the run:
 
@@ -15,14 +16,16 @@ negatives, so it trains twice the epochs of the one-vs-rest tickets. Dense has n
         rtl.baselines.imp_multiple(model, tickets.at(0.75), parts, fit, own, name) for name in tickets.names
     ]
     dense = rtl.baselines.dense(model, parts, whole_fit, run.child("dense"))
-    for network in (single, multiple, dense):
+    for network in (single, dense):
         print(rtl.evaluate(network, test).metrics)
+    print(rtl.evaluate(multiple, parts.apply(test)).metrics)
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from rtl.errors import expect
 from rtl.extract import PrunePlan, extract
 from rtl.fit import Fit
 from rtl.partition import Partition, whole
@@ -47,6 +50,7 @@ def imp_multiple(
     Extraction is the same as the tickets': subsets are independent of one another in Algorithm 1.
     Arguments and errors as for `retrain`.
     """
+    expect("tickets", tickets, TicketMasks, "masks at one sparsity, such as tickets.at(0.75)")
     return retrain(model, tickets.only(name), parts, fit, run.child(slug(name)))
 
 

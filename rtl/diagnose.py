@@ -17,6 +17,7 @@ from torch import Tensor
 import rtl_kernels as rk
 from rtl.collapse import Alarm, alarms
 from rtl.curve import Curve, mean_to_others
+from rtl.errors import expect
 from rtl.tickets import TicketMasks, Tickets
 
 
@@ -99,6 +100,7 @@ def diagnose(tickets: Tickets) -> Diagnosis:
 
     Tickets that carry no rounds are followed over their reported sparsities, too few for an alarm as a rule.
     """
+    expect("tickets", tickets, Tickets, "what rtl.extract gives, at all its sparsities")
     levels = {sparsity: similarity(masks) for sparsity, masks in tickets.levels.items()}
     curve = tickets.curve or Curve.of(tickets.names, [masks.banks for masks in tickets.levels.values()])
     return Diagnosis(levels, curve)

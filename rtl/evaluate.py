@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rtl.calibrate import Calibration
 from rtl.data import Data
-from rtl.errors import InputError
+from rtl.errors import InputError, expect
 from rtl.partition import Partition, whole
 from rtl.tasks import TASKS, Measured, OneVsRest
 from rtl.tickets import TicketNetwork
@@ -67,6 +67,7 @@ def evaluate(
             a task that is not known, or `per` with classes.
     """
     nets = _networks(net)
+    expect("test", test, (Data, Partition), "a Data, or a Partition of it such as parts.apply(data)")
     data, index = (test.data, test.index) if isinstance(test, Partition) else (test, None)
     task = TASKS.get(nets[0].task)
     if task is None:
@@ -95,8 +96,7 @@ def _networks(net: TicketNetwork | Sequence[TicketNetwork]) -> list[TicketNetwor
     if not nets:
         raise InputError("net is empty, expected a network or more")
     for one in nets:
-        if not isinstance(one, TicketNetwork):
-            raise InputError(f"net is a {type(one).__name__}, expected what rtl.retrain gives, or several of them")
+        expect("net", one, TicketNetwork, "what rtl.retrain gives, or several of them")
     outputs = [output for one in nets for output in one.outputs]
     repeated = sorted({output for output in outputs if outputs.count(output) > 1})
     if repeated:

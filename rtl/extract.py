@@ -26,7 +26,7 @@ import rtl_kernels as rk
 from rtl import checkpoint
 from rtl.collapse import Alarm, CollapseWarning, alarms
 from rtl.curve import Curve
-from rtl.errors import InputError
+from rtl.errors import InputError, expect
 from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, rewind, set_rate, split, state, step
 from rtl.partition import Partition
 from rtl.run import Artefact, Run, slug
@@ -71,6 +71,8 @@ class PrunePlan:
     trained: str = "masked"
 
     def __post_init__(self) -> None:
+        if isinstance(self.report_at, int | float):
+            raise InputError(f"report_at is {self.report_at}, expected a tuple, ({self.report_at},), or None")
         if not self.levels:
             raise InputError("report_at is empty, expected one sparsity or more, or None")
         count = isinstance(self.remove, int)
@@ -149,6 +151,8 @@ class Extraction:
     def __init__(
         self, model: nn.Module, parts: Partition, plan: PrunePlan, fit: Fit, run: Run, *, batched: bool = False
     ) -> None:
+        expect("parts", parts, Partition, "a Partition, such as rtl.partition.by_label(data)")
+        expect("run", run, Run, "rtl.Run(folder)")
         net = masked_copy(model, 1, "shared")
         self.ones = net.banks
         self.prunable = sum(bank.shape.numel() for bank in self.ones.values())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import rtl_kernels as rk
 from rtl.data.augment import AUGMENTATIONS
-from rtl.errors import InputError
+from rtl.errors import InputError, expect
 from rtl.partition import Partition
 from rtl.tasks import OneVsRest, Task
 
@@ -70,6 +70,8 @@ class Fit:
                 raise InputError(f"{name} is {getattr(self, name)}, expected an integer of 1 or more")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"lr is {self.lr}, expected a finite number above 0")
+        if isinstance(self.task, type) or not hasattr(self.task, "draw"):
+            raise InputError(f"task is {self.task!r}, expected a task such as rtl.tasks.MultiClass()")
         choices = {
             "schedule": SCHEDULES,
             "batch_norm": BATCH_NORMS,
@@ -115,8 +117,10 @@ def masked_copy(
 ) -> rk.nn.RoutedModel:
     """A copy of `model` with K masks on what it says is prunable (all linear and convolution layers if it is silent).
 
-    `model.prunable(name, module) -> bool` says so, over `model.named_modules()`. Raises InputError if that is nothing.
+    `model.prunable(name, module) -> bool` says so, over `model.named_modules()`. Raises InputError if that is nothing,
+    or `model` is no module.
     """
+    expect("model", model, nn.Module, "a torch.nn.Module")
     scope = getattr(model, "prunable", None)
     try:
         return rk.nn.convert(copy.deepcopy(model), num_masks, scope, batch_norm, affine_per_ticket=affine_per_ticket)

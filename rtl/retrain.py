@@ -18,7 +18,7 @@ from torch import nn
 
 import rtl_kernels as rk
 from rtl import checkpoint
-from rtl.errors import InputError
+from rtl.errors import InputError, expect
 from rtl.fit import Batch, Fit, digest, masked_copy, new_optimizer, set_rate, split, step
 from rtl.partition import Partition
 from rtl.run import Artefact, Run
@@ -46,6 +46,9 @@ def retrain(
         InputError: the run holds another retraining, a ticket names no subset, masks that are not of this model, a
             mixed batch with no sample for some ticket, or training diverged.
     """
+    expect("tickets", tickets, TicketMasks, "masks at one sparsity, such as tickets.at(0.75)")
+    expect("parts", parts, Partition, "a Partition, such as rtl.partition.by_label(data)")
+    expect("run", run, Run, "rtl.Run(folder)")
     subsets = [parts.position(name) for name in tickets.names]
     recalibrated = fit.batch_norm == "recalibrated"
     net = _converted(model, tickets, "shared" if recalibrated else fit.batch_norm, fit.affine_per_ticket)

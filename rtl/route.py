@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rtl.data import Data
-from rtl.errors import InputError
+from rtl.errors import InputError, expect
 from rtl.evaluate import batches, ticket_logits
 from rtl.partition import ClusterRule, Features, Partition, features_of
 from rtl.run import write_atomically
@@ -83,6 +83,7 @@ class Router:
 
     def scores(self, net: TicketNetwork, data: Data, logits: Tensor | None = None) -> Tensor:
         """What is compared, before calibration: float64 (N, K), larger is better; `logits` as in `confidence`."""
+        expect("data", data, Data, "an rtl.data.Data, normalised as the training data: see Router.__call__")
         if self.names != net.names:
             raise InputError(f"net has the tickets {', '.join(net.names)}, but the router {', '.join(self.names)}")
         if self.method == "confidence":
@@ -96,7 +97,9 @@ class Router:
         return -torch.cdist(points, self.centroids).square()
 
     def __call__(self, net: TicketNetwork, data: Data) -> Routing:
-        """Tickets for unlabelled samples: only `data`'s inputs are looked at."""
+        """Tickets for unlabelled samples: of `data` the targets are not looked at. For inputs x alone it is
+        `Data(x, torch.zeros(len(x)), mean=train.mean, std=train.std)`, normalised as the training data were.
+        """
         probability, ticket = self.probabilities(self.scores(net, data)).max(1)
         return Routing(ticket, probability)
 

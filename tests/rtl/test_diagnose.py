@@ -9,6 +9,7 @@ import torch
 import rtl_kernels as rk
 from rtl.curve import mean_to_others
 from rtl.diagnose import Similarity, diagnose, similarity
+from rtl.errors import InputError
 from rtl.tickets import TicketMasks, Tickets
 
 
@@ -63,6 +64,8 @@ def test_every_reported_sparsity_is_diagnosed():
     assert len(found.curve) == 2  # no rounds are known: the reported sparsities
     assert torch.equal(found.curve.jaccard()[1], found[0.5].matrix)
     assert (found.alarms, found.layer_alarms) == ([], [])
+    with pytest.raises(InputError, match=r"tickets is a TicketMasks, expected what rtl.extract gives"):
+        diagnose(levels[0.5])
 
 
 def test_it_goes_through_json_unchanged():

@@ -173,11 +173,13 @@ def test_multi_class_tickets_each_predict_in_their_own_subset():
 
 def test_what_is_no_network_of_tickets_is_refused():
     net, data = identity_network(), logits()
-    with pytest.raises(InputError, match="net is a RoutedModel, expected what rtl.retrain gives"):
+    with pytest.raises(InputError, match=r"net is a RoutedModel, expected what rtl.retrain gives"):
         evaluate(net.net, data)
+    with pytest.raises(InputError, match="test is a Tensor, expected a Data, or a Partition"):
+        evaluate(net, data.inputs)
     with pytest.raises(InputError, match="net is empty"):
         evaluate([], data)
-    with pytest.raises(InputError, match="net has 2 tickets for subset 0.*several seeds', one by one"):
+    with pytest.raises(InputError, match=r"net has 2 tickets for subset 0.*several seeds', one by one"):
         evaluate([net, net], data)
 
 

@@ -76,6 +76,7 @@ def test_a_round_removes_its_number_or_fraction_and_is_cut_short_at_a_reported_s
         ({"report_at": (0.5, 1.0)}, "report_at is 1.0"),
         ({"until": 0.5, "report_at": (0.75,)}, r"report_at holds 0.75, which is beyond until \(0.5\)"),
         ({"report_at": ()}, "report_at is empty"),
+        ({"report_at": 0.5}, r"report_at is 0.5, expected a tuple, \(0.5,\), or None"),
     ],
 )
 def test_a_bad_plan_is_refused_by_name(arguments, message):
@@ -454,6 +455,10 @@ def test_what_cannot_be_extracted_is_refused_before_anything_is_written(tmp_path
         extract(mlp(), parts, PrunePlan(until=0.999), FIT, run)
     with pytest.raises(InputError, match="two subsets or more"):
         extract(mlp(), whole(parts.data), PLAN, Fit(task=OneVsRest()), run)
+    with pytest.raises(InputError, match="parts is a Data, expected a Partition"):
+        extract(mlp(), parts.data, PLAN, FIT, run)
+    with pytest.raises(InputError, match=r"run is a PosixPath, expected rtl.Run\(folder\)"):
+        extract(mlp(), parts, PLAN, FIT, tmp_path)
     assert tree(tmp_path) == {}
 
 

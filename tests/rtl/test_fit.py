@@ -9,7 +9,7 @@ import rtl_kernels as rk
 from rtl.errors import InputError
 from rtl.fit import Fit, digest, masked_copy, new_optimizer, rewind, split, state, step
 from rtl.partition import by_label
-from rtl.tasks import OneVsRest, Pixels
+from rtl.tasks import MultiClass, OneVsRest, Pixels
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,8 @@ from rtl.tasks import OneVsRest, Pixels
         ({"lr": 0.0}, "lr is 0.0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": float("inf")}, "lr is inf"),
+        ({"task": MultiClass}, r"task is <class .*, expected a task such as rtl.tasks.MultiClass\(\)"),
+        ({"task": "multi_class"}, "task is 'multi_class'"),
         ({"schedule": "mixd"}, "schedule is 'mixd', expected one of sequential, mixed, pooled"),
         ({"masked": "weights"}, "masked is 'weights', expected one of update, gradient"),
         ({"lr_schedule": "linear"}, "lr_schedule is 'linear', expected one of constant, cosine"),
@@ -58,6 +60,8 @@ def test_a_model_silent_about_what_is_prunable_has_all_its_layers_masked():
 def test_a_model_with_nothing_to_prune_is_refused():
     with pytest.raises(InputError, match="model is a ReLU, which cannot be pruned"):
         masked_copy(nn.ReLU(), 2, "shared")
+    with pytest.raises(InputError, match=r"model is a type, expected a torch.nn.Module"):
+        masked_copy(TinyConv, 2, "shared")
 
 
 def test_rewinding_puts_back_weights_and_statistics_but_not_masks():

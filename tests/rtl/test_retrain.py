@@ -12,12 +12,13 @@ from toys import TinyConv, Wide, blobs, dense_masks, images, mlp, quiet, seeded,
 
 import rtl
 import rtl_kernels as rk
+from rtl.baselines import imp_multiple
 from rtl.errors import InputError
 from rtl.fit import Fit, digest, masked_copy
 from rtl.partition import by_label, whole
 from rtl.retrain import presented, retrain, schedule
 from rtl.tasks import MultiClass, OneVsRest
-from rtl.tickets import TicketMasks
+from rtl.tickets import TicketMasks, Tickets
 
 module = sys.modules["rtl.retrain"]  # `rtl.retrain` is the function
 FIT = Fit(epochs=3, batch_size=16, lr=0.01)
@@ -481,6 +482,15 @@ def test_what_cannot_be_retrained_is_refused_before_anything_is_written(tmp_path
         retrain(mlp(), random_masks(mlp(), ["all"]), whole(parts.data), FIT, run)
     with pytest.raises(InputError, match="batch_size is 2, expected 3 or more: with schedule 'mixed'"):
         retrain(mlp(), random_masks(mlp()), parts, Fit(batch_size=2, schedule="mixed"), run)
+    every_level = Tickets(tuple("abc"), {}, 72, {}, {})
+    with pytest.raises(InputError, match=r"tickets is a Tickets, expected masks at one sparsity, such as tickets.at"):
+        retrain(mlp(), every_level, parts, FIT, run)
+    with pytest.raises(InputError, match="tickets is a Tickets, expected masks at one sparsity"):
+        imp_multiple(mlp(), every_level, parts, FIT, run, "a")
+    with pytest.raises(InputError, match="parts is a Data, expected a Partition"):
+        retrain(mlp(), random_masks(mlp()), parts.data, FIT, run)
+    with pytest.raises(InputError, match=r"run is a PosixPath, expected rtl.Run"):
+        retrain(mlp(), random_masks(mlp()), parts, FIT, tmp_path)
     assert tree(tmp_path) == {}
 
 

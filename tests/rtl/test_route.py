@@ -117,6 +117,11 @@ def test_a_router_of_other_tickets_is_refused(net):
         route.by_confidence(identity_network("xyz"))(net, points([[0, 0, 0]]))
 
 
+def test_inputs_without_their_normalisation_are_refused(net):
+    with pytest.raises(InputError, match=r"data is a Tensor, expected an rtl.data.Data, normalised as"):
+        route.by_confidence(net)(net, torch.zeros(2, 3))
+
+
 # Calibration
 
 

@@ -134,6 +134,8 @@ def from_dataset(dataset: Any, class_names: Sequence[str] | None = None) -> Data
             float tensor.
         class_names: the name of each label. None: `dataset.classes` where it has that, as torchvision's do, else none.
 
+    Metadata and normalisation are added by `dataclasses.replace(data, metadata={"site": [...]}, mean=..., std=...)`.
+
     Raises:
         InputError: no map-style dataset, an empty one, or samples of several shapes, or of a dtype that is not named
             above.

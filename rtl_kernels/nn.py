@@ -585,7 +585,8 @@ def convert(
     for name, module in model.named_modules():
         if batch_norm == "per_ticket" and _mixes_samples(module) and module not in norms:
             raise ValueError(
-                f"batch_norm is 'per_ticket', but {name} is a {type(module).__name__}, expected BatchNorm2d"
+                f"batch_norm is 'per_ticket', but {name} is a {type(module).__name__}, expected BatchNorm2d, or "
+                "batch_norm 'shared'"
             )
     for name, module in targets.items():
         _refuse_unknown(name, module)

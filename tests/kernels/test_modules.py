@@ -207,7 +207,7 @@ def test_convert_refuses_models_it_does_not_understand():
     prune.random_unstructured(hooked, "weight", 0.5)
     with pytest.raises(ValueError, match="0 computes its weight anew in every pass"):
         rk.nn.convert(nn.Sequential(hooked), K)
-    with pytest.raises(ValueError, match="batch_norm is 'per_ticket', but 1 is a BatchNorm1d, expected BatchNorm2d"):
+    with pytest.raises(ValueError, match="but 1 is a BatchNorm1d, expected BatchNorm2d, or batch_norm 'shared'"):
         rk.nn.convert(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), K, batch_norm="per_ticket")
     rk.nn.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.InstanceNorm2d(3)), K, batch_norm="per_ticket")
 

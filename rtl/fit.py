@@ -168,7 +168,9 @@ def step(net: rk.nn.RoutedModel, optimizer: torch.optim.Optimizer, fit: Fit, par
     masks = torch.cat([torch.full((len(index),), mask) for mask, _, index in batch])
     tickets = torch.cat([torch.full((len(index),), ticket) for _, ticket, index in batch])
     target = torch.cat([task.target(parts, ticket, index) for _, ticket, index in batch])
-    losses = task.losses(net(inputs, masks), target, tickets)
+    output = net(inputs, masks)
+    expect("the model's output", output, Tensor, "a tensor, a row a sample")
+    losses = task.losses(output, target, tickets)
     if any(module.untied for module in net.masked_modules().values()):
         loss = torch.stack([part.mean() for part in losses.split([len(b[2]) for b in batch])]).sum()
     else:

@@ -89,6 +89,17 @@ def test_a_mixed_step_follows_the_mean_loss_of_all_its_samples():
     torch.testing.assert_close(loss, torch.cat(apart).mean())
 
 
+def test_a_model_that_gives_no_tensor_is_refused():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    parts = by_label(blobs())
+    net = masked_copy(nn.Sequential(nn.Linear(6, 3), Pair(3, 3)), 1, "shared")
+    with pytest.raises(InputError, match="the model's output is a tuple, expected a tensor"):
+        step(net, new_optimizer(net, Fit()), Fit(), parts, [(0, 0, parts[0][:4])])
+
+
 def test_an_untied_step_moves_each_ticket_as_its_own_mean_loss_would():
     parts = by_label(blobs())
     together = rk.nn.untie(masked_copy(Wide(mlp()), 2, "shared"))

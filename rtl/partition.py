@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtl.data.base import Data
+from rtl.data.base import Data, listed
 from rtl.errors import InputError
 from rtl.text import Encoder, embed, umap
 
@@ -191,14 +191,15 @@ def by_label(data: Data, groups: Mapping[str, Sequence[str | int]] | None = None
 def by_metadata(data: Data, key: str) -> Partition:
     """One subset for each distinct value of `data.metadata[key]`, sorted, named by `str(value)`.
 
-    Samples whose value is None or "" are in no subset, nor are samples of new data with an unknown value.
+    Samples whose value is None, NaN or "" are in no subset, nor are samples of new data with an unknown value.
 
     Raises:
         InputError: no such key, no value at all, or values that cannot be sorted.
     """
     column = _column(data, key)
     try:
-        ordered = tuple(sorted({value for value in column if value is not None and value != ""}))
+        missing = (None, "")
+        ordered = tuple(sorted({value for value in column if value not in missing and value == value}))  # NaN is not
     except TypeError as error:
         raise InputError(f"metadata[{key!r}] holds values that cannot be sorted ({error}): give one type") from None
     return _filled(data, tuple(str(value) for value in ordered), MetadataRule(key, ordered), f"metadata[{key!r}]")
@@ -393,8 +394,7 @@ def _label(member: str | int, classes: tuple[str, ...], group: str) -> int:
 def _column(data: Data, key: str) -> list[Any]:
     if key not in data.metadata:
         raise InputError(f"key is {key!r}, but the metadata of {data.name!r} has {', '.join(data.metadata) or 'none'}")
-    column: Any = data.metadata[key]
-    return column.tolist() if isinstance(column, (Tensor, np.ndarray)) else list(column)
+    return listed(data.metadata[key])
 
 
 def features_of(data: Data, features: "Features | Tensor | np.ndarray | None") -> Tensor:

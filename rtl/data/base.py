@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtl.errors import InputError
+from rtl.errors import InputError, expect
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,10 @@ class Data:
     name: str = "data"
 
     def __post_init__(self) -> None:
+        for argument in ("inputs", "targets"):
+            expect(argument, getattr(self, argument), Tensor, "a tensor")
+        for argument in ("mean", "std"):
+            expect(argument, getattr(self, argument), (tuple, list), "a tuple of floats, one a channel")
         if self.inputs.dtype not in (torch.float32, torch.uint8) or self.inputs.dim() < 2:
             raise InputError(f"inputs is {_describe(self.inputs)}, but float32 or uint8 of shape (N, ...) is needed")
         labels = self.targets.dtype == torch.int64 and self.targets.dim() == 1
@@ -113,15 +117,23 @@ class Data:
     def select(self, index: Tensor) -> "Data":
         """The samples at `index` ((B,) int64, in that order) as data of their own, nothing normalised yet."""
         positions = index.tolist()
+        columns = {key: listed(column) for key, column in self.metadata.items()}
         return Data(
             self.inputs.index_select(0, index),
             self.targets.index_select(0, index),
             self.class_names,
-            {key: [column[i] for i in positions] for key, column in self.metadata.items()},
+            {key: [column[i] for i in positions] for key, column in columns.items()},
             self.mean,
             self.std,
             self.name,
         )
+
+
+def listed(column: Any) -> list[Any]:
+    """A column of metadata as plain values by position: an element of a tensor is unequal to any number in a dict,
+    and pandas looks up a name.
+    """
+    return column.tolist() if isinstance(column, (Tensor, np.ndarray)) else list(column)
 
 
 def from_dataset(dataset: Any, class_names: Sequence[str] | None = None) -> Data:
@@ -146,7 +158,11 @@ def from_dataset(dataset: Any, class_names: Sequence[str] | None = None) -> Data
         raise InputError(f"dataset ({type(dataset).__name__}) is empty: give one with samples")
     inputs = targets = None
     for i in range(len(dataset)):
-        sample, label = dataset[i]
+        pair = dataset[i]
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            count = f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
+            raise InputError(f"dataset[{i}] is a {type(pair).__name__}{count}, but a pair (input, label) is needed")
+        sample, label = pair
         value, target = _input_tensor(sample, i), _target_tensor(label, i)
         if inputs is None or targets is None:
             inputs = torch.empty((len(dataset), *value.shape), dtype=value.dtype)

@@ -174,11 +174,28 @@ def test_metadata_gives_a_subset_for_each_value_in_order():
     assert parts.apply(new).index.tolist() == [0, -1]
 
 
-@pytest.mark.parametrize("column", [[10, 9, 10], np.array([10, 9, 10]), torch.tensor([10, 9, 10])])
+class ByName(list):
+    """A column that, as pandas does, looks its elements up by a name of theirs, here counted from the end."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(len(self) - 1 - name)
+
+
+@pytest.mark.parametrize("column", [[10, 9, 11], np.array([10, 9, 11]), torch.tensor([10, 9, 11]), ByName([10, 9, 11])])
 def test_numbers_in_metadata_are_sorted_as_numbers(column):
-    parts = by_metadata(labelled([0, 0, 0], metadata={"year": column}), "year")
-    assert parts.names == ("9", "10")
-    assert parts.index.tolist() == [1, 0, 1]
+    data = labelled([0, 0, 0], metadata={"year": column})
+    parts = by_metadata(data, "year")
+    assert parts.names == ("9", "10", "11")
+    assert parts.index.tolist() == [1, 0, 2]
+    some = data.select(torch.tensor([2, 0]))
+    assert parts.apply(some).index.tolist() == [2, 1]
+    assert by_metadata(some, "year").names == ("10", "11")
+
+
+def test_a_number_that_is_missing_is_of_no_subset():
+    parts = by_metadata(labelled([0] * 4, metadata={"year": np.array([9, np.nan, 8, np.nan])}), "year")
+    assert parts.names == ("8.0", "9.0")
+    assert parts.index.tolist() == [1, -1, 0, -1]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def extract(
     extraction = Extraction(model, parts, plan, fit, run, batched=batched)
     if batched:
         _extract_batched(extraction)
-        extraction.warn()
+        extraction.warn(3)
     else:
         extract_all([extraction], run)
     return extraction.tickets()
@@ -299,8 +299,8 @@ class Extraction:
             [self._banks([own[number] for own in histories], f"epoch-{e + 1}/") for e in range(self.fit.epochs)],
         )
 
-    def warn(self) -> None:
-        """Give a CollapseWarning where the finished rounds' similarity calls for one."""
+    def warn(self, stacklevel: int) -> None:
+        """Give a CollapseWarning where the finished rounds' similarity calls for one, at the line of who extracts."""
         found = alarms(self.curve(self.history())) if self.rounds and len(self.parts) > 1 else []
         if found:
             first = min(found, key=lambda alarm: alarm.round)
@@ -311,7 +311,7 @@ class Extraction:
             )
             warnings.warn(
                 CollapseWarning(f"{len(found)} of {len(self.parts)} tickets collapse: {then}; the first: {first}"),
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _banks(self, stages: Sequence[Artefact | None], of: str = "") -> dict[str, rk.MaskBank]:
@@ -338,7 +338,7 @@ def extract_all(extractions: Sequence[Extraction], run: Run) -> None:
             jobs += [(e, ticket, range(number, number + 1)) for ticket in going]
         _extract_tickets(jobs, run)
     for e in extractions:
-        e.warn()
+        e.warn(4)
 
 
 def _extract_tickets(jobs: Sequence[tuple[Extraction, int, range]], run: Run) -> None:

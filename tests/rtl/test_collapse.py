@@ -344,10 +344,13 @@ def test_an_alarm_warns_and_changes_nothing_unless_asked(tmp_path, monkeypatch, 
     parts = by_label(blobs())
     plain = extract(mlp(), parts, PLAN, FIT, quiet(tmp_path / "plain"), batched=batched)
     alarm_on(monkeypatch, {"b": (4, 2)})
-    with pytest.warns(CollapseWarning, match=r"1 of 3 tickets collapse: performance past it.*'b'.*last good masks"):
+    with pytest.warns(
+        CollapseWarning, match=r"1 of 3 tickets collapse: performance past it.*'b'.*last good masks"
+    ) as caught:
         warned = extract(mlp(), parts, PLAN, FIT, quiet(tmp_path / "warned"), batched=batched)
     assert torch.equal(flat_masks(plain.at(0.8)), flat_masks(warned.at(0.8)))
     assert warned.stopped == {}
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize("batched", [False, True])

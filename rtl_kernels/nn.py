@@ -663,10 +663,12 @@ def extract(net: RoutedModel, ticket: int) -> nn.Module:
     statistics. The wrapper is left as it is.
 
     Raises:
-        TypeError: `net` is no `RoutedModel`.
+        TypeError: `net` is no `RoutedModel`, or `ticket` no integer.
         IndexError: unless 0 <= ticket < K.
     """
     _check_routed(net)
+    if not hasattr(ticket, "__index__"):
+        raise TypeError(f"ticket is {ticket!r}, expected an integer")
     if not 0 <= ticket < net.num_masks:
         raise IndexError(f"ticket is {ticket}, but there are {net.num_masks} (0..{net.num_masks - 1})")
     model = copy.deepcopy(net).model

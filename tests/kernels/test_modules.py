@@ -562,6 +562,8 @@ def test_extract_leaves_the_wrapper_alone_and_refuses_tickets_that_are_not_there
     for ticket in (-1, K):
         with pytest.raises(IndexError, match=rf"ticket is {ticket}, but there are 3 \(0..2\)"):
             rk.nn.extract(net, ticket)
+    with pytest.raises(TypeError, match="ticket is 'cat', expected an integer"):
+        rk.nn.extract(net, "cat")
 
 
 def test_an_extracted_model_can_be_converted_again(net, x):

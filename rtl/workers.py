@@ -113,13 +113,14 @@ def map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[
     finished = False
     file = os.fdopen(os.memfd_create("rtl"), "w+b")  # gone when no process has it open any more
     try:
-        head = _pickled_and_mapped((run, function, label), f"function is {function!r}", file)
+        # In the file too: starting a process waits for it to take its arguments, for ever if it dies while it imports.
+        place = _pickled_into(file, (run, function, label), f"function is {function!r}")
         with environment_variables(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", **allocator()), _interrupts_held():
             for number in range(min(run.workers, len(items))):
                 ours, theirs = context.Pipe()
                 name = f"{label}-worker-{number}"
                 process: BaseProcess = context.Process(
-                    target=_work, args=(theirs, head, _Descriptor(file), os.getcwd()), name=name, daemon=True
+                    target=_work, args=(theirs, place, _Descriptor(file), os.getcwd()), name=name, daemon=True
                 )
                 process.start()
                 theirs.close()  # so that ours ends when the worker does
@@ -162,7 +163,7 @@ def map_in_processes(run: Run, function: Callable[[Run, T], R], items: Sequence[
     return [results[position] for position in range(len(items))]
 
 
-def _work(pipe: Connection, head: bytes, file: int, folder: str) -> None:
+def _work(pipe: Connection, place: tuple[int, int], file: int, folder: str) -> None:
     """What a worker process does: one item after another until the parent closes the pipe."""
     global _progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
@@ -186,14 +187,14 @@ def _work(pipe: Connection, head: bytes, file: int, folder: str) -> None:
             item = pipe.recv_bytes()
             try:
                 if common is None:
-                    common = _rebuilt(head, file)
+                    common = _rebuilt(_mapped(file, *place), file)
                 answer = _answer(*common, *_rebuilt(item))
             except BaseException as error:
                 answer = pickle.dumps(("error", _portable(error), traceback.format_exc()))
             send(answer)
 
 
-def _rebuilt(data: bytes, file: int = -1) -> Any:
+def _rebuilt(data: bytes | mmap.mmap, file: int = -1) -> Any:
     try:
         return _Unpickler(data, file).load()
     except (AttributeError, ImportError) as error:
@@ -227,13 +228,27 @@ def _sendable(what: str) -> Iterator[None]:
         raise InputError(f"{what}, which worker processes cannot be sent ({error}): pass workers=1") from error
 
 
-def _pickled_and_mapped(value: Any, what: str, file: IO[bytes]) -> bytes:
-    """`value` without its large tensors, which go into `file`; errors as for `_pickled`."""
+def _pickled_into(file: IO[bytes], value: Any, what: str) -> tuple[int, int]:
+    """Write `value`, and before it its large tensors, one by one: its offset and size. Errors as for `_pickled`."""
     stream = io.BytesIO()
     with _sendable(what):
         _Pickler(stream, file).dump(value)
+    data = stream.getbuffer()
+    place = _append(file, data), len(data)
     file.flush()
-    return stream.getvalue()
+    return place
+
+
+def _append(file: IO[bytes], data: Any) -> int:
+    """Write `data` where a page begins; its offset there."""
+    offset = -(-file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    file.seek(offset)
+    file.write(data)
+    return offset
+
+
+def _mapped(file: int, offset: int, size: int) -> mmap.mmap:
+    return mmap.mmap(file, size, access=mmap.ACCESS_COPY, offset=offset)
 
 
 class _Pickler(pickle.Pickler):
@@ -251,24 +266,20 @@ class _Pickler(pickle.Pickler):
             return None
         content = value.data_ptr(), value.dtype, tuple(value.shape)
         if content not in self._places:
-            offset = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-            self._places[content] = offset, value
-            self._file.seek(offset)
-            self._file.write(value.flatten().view(torch.uint8).numpy().data)
+            self._places[content] = _append(self._file, value.flatten().view(torch.uint8).numpy().data), value
         return self._places[content][0], value.nbytes, *content[1:]
 
 
 class _Unpickler(pickle.Unpickler):
     """Maps what `_Pickler` put into the file: processes share it until one of them writes to it, for itself alone."""
 
-    def __init__(self, data: bytes, file: int) -> None:
+    def __init__(self, data: bytes | mmap.mmap, file: int) -> None:
         super().__init__(io.BytesIO(data))
         self._file = file
 
     def persistent_load(self, place: Any) -> Tensor:
         offset, size, dtype, shape = place
-        content = mmap.mmap(self._file, size, access=mmap.ACCESS_COPY, offset=offset)
-        return torch.frombuffer(content, dtype=dtype).view(shape)
+        return torch.frombuffer(_mapped(self._file, offset, size), dtype=dtype).view(shape)
 
 
 class _Descriptor:

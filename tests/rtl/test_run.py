@@ -677,15 +677,15 @@ def test_a_run_survives_pickling(run):
 
 
 SCRIPT = """
-import os, sys, time
+import functools, os, sys, time
 from rtl.run import Run
 
-def sleep(run, item):
+def sleep(run, item, data):
     os.write(1, b"ready\\n")
     time.sleep(60)
 
-def main():
-    Run(sys.argv[1], workers=2).map(sleep, [1, 2], label="w")
+def main(data=b""):
+    Run(sys.argv[1], workers=2).map(functools.partial(sleep, data=data), [1, 2], label="w")
 """
 
 
@@ -717,7 +717,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
 
 
 def test_a_script_that_guards_nothing_is_told_to(tmp_path):
-    with script(tmp_path, "main()\n") as parent:
+    with script(tmp_path, "main(bytes(1 << 20))\n") as parent:  # more than a pipe to a dying worker holds
         _, errors = parent.communicate(timeout=60)
     assert parent.returncode == 1
     assert 'a script needs `if __name__ == "__main__":`' in errors.splitlines()[-1]

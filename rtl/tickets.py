@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import safetensors.torch
 import torch
@@ -20,7 +20,7 @@ from rtl.errors import InputError
 from rtl.fit import masked_copy
 from rtl.run import write_atomically
 
-Ticket = str | int
+Ticket = str | SupportsIndex  # a name or a number, also numpy's or torch's
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +224,7 @@ class TicketNetwork(nn.Module):
         if isinstance(ticket, str):
             return position(self.names, ticket)
         try:
-            number = operator.index(ticket)  # also numpy's and torch's; a fraction is refused
+            number = operator.index(ticket)  # a fraction has none
         except TypeError as error:
             raise InputError(f"ticket is {ticket!r}, expected a name or a number") from error
         if not 0 <= number < len(self.names):

@@ -17,8 +17,6 @@ and a single one is often far from all before it. The sums need WARM_UP slopes f
 deviates about 0 of known σ, a sum with allowance ½ and limit 3 would pass it by chance once in about 117 rounds (336
 for 4, 930 for 5). 3 was chosen, with the rest of the rule, on three seeds of the digits, as the limit under which most
 tickets were warned in time (`benchmarks.collapse`; its results say how it does on others, on CIFAR-10 and on an image).
-On drawn curves of 25 rounds that are flat, or fall steadily, it warned for 1 and 0 % of tickets under normal noise of
-.01 in the log-odds of every pair and round, and for 27 and 18 % under noise of .05.
 
 The departure is the round after which the sum was last 0: masks up to there are good, later ones led to the alarm.
 Rounds cut short (less than half the step of the round before) are passed over: removing few weights from a freshly

@@ -267,8 +267,7 @@ def by_text(
         data: has labels as targets, and class names; underscores in them are read as spaces.
         encoder: "wordllama" (a language model's tokens; the extra `text`), "wordnet" (nouns; needs WordNet's files, see
             `rtl.semantics.wordnet`), "ngrams" (spelling alone), or a function from texts to (N, D). WordLlama splits
-            rarer nouns into pieces that mean little: of CIFAR-100's names, its clusters agree with the paper's by an
-            adjusted Rand index of .10, WordNet's by .53.
+            rarer nouns into pieces that mean little: for names such as CIFAR-100's take WordNet's.
         dimensions: UMAP's (the extra `text`); None: cluster the embeddings themselves.
         neighbors: that UMAP keeps together, 2 or more.
         min_cluster_size: classes in the smallest cluster, 2 or more.

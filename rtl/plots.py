@@ -108,7 +108,12 @@ def similarity_by_depth(level: Similarity, sparsity: float, panels: int = 4) -> 
 
 
 def crossed(levels: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str]) -> Figure:
-    """SI-SNRi of every ticket (a row) on every scene's test clips (a column), a panel a sparsity."""
+    """What every ticket (a row) makes of every scene's test clips (a column), a panel a sparsity.
+
+    Args:
+        levels: by sparsity as text, SI-SNRi in dB, (K, K).
+        names: of the K tickets, and of the scenes in the same order.
+    """
     values = np.array(list(levels.values()))  # (levels, K, K)
     figure, axes = _figure(len(levels), height=3.4)
     image: Any = None

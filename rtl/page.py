@@ -29,7 +29,7 @@ from rtl.curve import Curve, mean_to_others
 from rtl.keep import settings
 from rtl.report import NAMES, columns, group_rows, read_results, remarks, row_name, took, words
 from rtl.run import write_atomically
-from rtl.svg import Mark, Series, figure, halves, line_chart, percent, stacked, table, tree
+from rtl.svg import Mark, Series, dot_chart, figure, halves, line_chart, percent, stacked, table, tree
 
 _ASSETS = Path(__file__).parent / "assets"
 _SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
@@ -221,10 +221,15 @@ def _curves(run: RunView) -> str:
     for _, key in columns(rows):
         if key == "similarity":
             continue
+        found = _by_method(rows, key)
+        if len({round(r["sparsity"], 9) for r in rows if r["method"] != "dense"}) == 1 < len(found):
+            dots = [Series(name, points, _LIKE[method]) for (method, name), points in found.items()]
+            charts.append(dot_chart(words(key), dots))
+            continue
         series = []
         first = dict(_LIKE)
         further = itertools.cycle(range(3, 9))  # colours of a method's variants and protocols after its first
-        for (method, name), points in _by_method(rows, key).items():
+        for (method, name), points in found.items():
             if method == "dense":
                 level = points[0][1]
                 pruned = [r["sparsity"] for r in rows if r["method"] != "dense"]

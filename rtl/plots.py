@@ -55,6 +55,33 @@ def metric_against_sparsity(rows: Iterable[Row], metrics: Mapping[str, str]) -> 
     return figure
 
 
+def metric_by_row(rows: Iterable[Row], metrics: Mapping[str, str]) -> Figure:
+    """One panel a metric, of rows of one sparsity: a dot for each method and variant, at its mean over seeds, with the
+    seeds' range; dashed, the first's.
+    """
+    drawn = _lines(list(rows))
+    figure, axes = _figure(len(metrics), width=2.6, height=0.9 + 0.24 * len(drawn))
+    for axis, (key, title) in zip(axes, metrics.items(), strict=True):
+        first = None
+        for y, (_, _, style, own) in enumerate(drawn):
+            values = [row["metrics"][key] for row in own if key in row["metrics"]]
+            if values:
+                mean = float(np.mean(values))
+                first = mean if first is None else first
+                axis.plot([min(values), max(values)], [y, y], color=style["color"], linewidth=1)
+                axis.plot([mean], [y], color=style["color"], marker="o", linestyle="none")
+        if first is not None:
+            axis.axvline(first, color="#555555", linewidth=0.8, linestyle="--", zorder=0)
+        axis.set_yticks(range(len(drawn)), [name for _, name, _, _ in drawn], fontsize=8)
+        axis.set_ylim(len(drawn) - 0.5, -0.5)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(alpha=0.25)
+    for axis in axes[1:]:
+        axis.set_yticklabels([])
+    return figure
+
+
 def similarity_against_sparsity(curve: Curve, alarms: Sequence[Alarm] = ()) -> Figure:
     """Every ticket's mean similarity to the others, between what masks of these sizes have by chance and at most.
 
@@ -208,7 +235,7 @@ def _lines(found: Iterable[Row]) -> list[tuple[str, str, dict[str, Any], list[Ro
             style: dict[str, Any] = {"color": colour, "marker": marker}
             if number:
                 style |= {"linestyle": (0, (4, 1 + number)), "markerfacecolor": "none"}
-            if number > 1:  # at a single sparsity there is a marker alone
+            if number > 1:  # figures of images have markers alone
                 style["marker"] = _FURTHER[(number - 2) % len(_FURTHER)]
             drawn.append((method, row_name(method, key[1], key[2] if several else ""), style, groups[key]))
     return drawn

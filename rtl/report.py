@@ -246,7 +246,8 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
 
     had = {key for row in table["rows"] for key in row["metrics"]}
     shown = {key: WORDS[key] for key in CURVES if key in had}
-    draw("metric", plots.metric_against_sparsity(table["rows"], shown))
+    one_sparsity = len({row["sparsity"] for row in table["rows"] if row["method"] != "dense"}) == 1
+    draw("metric", (plots.metric_by_row if one_sparsity else plots.metric_against_sparsity)(table["rows"], shown))
     if "curve" in details:
         curve, found = Curve.from_json(details["curve"]), [Alarm(**alarm) for alarm in details["alarms"]]
         draw("similarity", plots.similarity_against_sparsity(curve, found))

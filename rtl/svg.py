@@ -120,6 +120,40 @@ def line_chart(
     return figure(title, svg, legend(series, bool(marks)), _numbers(title, series, x_label, x_format))
 
 
+def dot_chart(title: str, rows: Sequence[Series]) -> str:
+    """A figure with a name and a dot for each of `rows`, of one point each, and a dashed line at the first's."""
+    known = [one for one in rows if math.isfinite(one.points[0][1])]
+    if not known:
+        return ""
+    values = [one.points[0][1] for one in known]
+    ticks = _ticks(min(values), max(values))
+    left = 10 + 6.2 * max(len(one.name) for one in known)
+    width, line = left + 250, 19
+    bottom = _TOP + line * len(known)
+
+    def across(value: float) -> float:
+        return left + 8 + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (width - left - 26)
+
+    parts = []
+    for tick in ticks:
+        x = across(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{_number(tick)}</text>')
+    x = across(values[0])
+    parts.append(f'<polyline class="dashed c9" points="{x:.1f},{_TOP} {x:.1f},{bottom}"/>')
+    for number, (one, value) in enumerate(zip(known, values, strict=True)):
+        y = _TOP + line * (number + 0.5)
+        name = escape(one.name)
+        parts.append(f'<text class="tick" x="{left - 4:.1f}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
+        parts.append(_marker(across(value), y, one.colour, f"{one.name}: {value:.4g}"))
+    numbers = table(["", title], [[one.name, f"{y:.4g}"] for one, y in zip(known, values, strict=True)], label=title)
+    svg = (
+        f'<svg style="max-width:{width:.0f}px" viewBox="0 0 {width:.0f} {bottom + 22}" role="img" '
+        f'aria-label="{escape(title)}; the numbers are in the table below">' + "".join(parts) + "</svg>"
+    )
+    return figure(title, svg, _folded(numbers))
+
+
 def figure(title: str, picture: str, *below: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{''.join(below)}</figure>"
 
@@ -225,6 +259,10 @@ def _numbers(title: str, series: Sequence[Series], x_label: str, x_format: Calla
     xs = sorted({x for own in values for x in own})
     rows = [[x_format(x), *(f"{v[x]:.4g}" if x in v and math.isfinite(v[x]) else "–" for v in values)] for x in xs]
     numbers = table([x_label, *(one.name for one in series)], rows, label=f"numbers of: {title}")
+    return _folded(numbers)
+
+
+def _folded(numbers: str) -> str:
     return f'<details class="numbers"><summary>numbers</summary>{numbers}</details>'
 
 

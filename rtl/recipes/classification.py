@@ -115,6 +115,8 @@ class Classification:
         check_choices(self)
         if not 0 <= self.holdout <= 0.5:
             raise InputError(f"holdout is {self.holdout}, expected a fraction from 0 to 0.5")
+        if self.schedule not in ("sequential", "mixed"):
+            raise InputError(f"schedule is {self.schedule!r}, expected 'sequential' or 'mixed'")
         if self.start not in ("theta0", "extracted"):
             raise InputError(f"start is {self.start!r}, expected 'theta0' or 'extracted'")
         if self.start == "extracted" and self.stop_on_collapse:

@@ -231,6 +231,30 @@ def test_lines_of_several_protocols_are_told_apart(folder):
     assert {"line c0", "line c1", "line c3", "line c4"} <= set(drawn)
 
 
+def test_variants_at_one_sparsity_are_named_dots(folder):
+    view = RunView.read(folder)
+    rows = [one for one in view.table["rows"] if one["sparsity"] in (0.0, 0.5)]
+    rows += [one | {"variant": "schedule=mixed"} for one in rows if one["method"] == "rtl"]
+    html = page([RunView(view.name, folder, {**view.table, "rows": rows}, view.details)])
+    chart = html[html.index('<section id="curves"') :]
+    chart = chart[: chart.index("</figure>")]
+    names = re.findall(r'text-anchor="end">([^<]*)<', chart)
+    assert {"RTL", "RTL (schedule=mixed)", "dense"} <= set(names)
+    xs = [float(x) for x in re.findall(r'(?:cx="|translate\()([\d.]+)', chart)]
+    assert len(xs) == len(names)
+    dashed = re.search(r'class="dashed c9" points="([\d.]+),', chart)[1]
+    assert float(dashed) == xs[0] == xs[names.index("RTL (schedule=mixed)")]
+    values = [float(value) for value in re.findall(r"<title>[^<]*: ([\d.]+)</title>", chart)]
+    assert sorted(range(len(xs)), key=xs.__getitem__) == sorted(range(len(xs)), key=values.__getitem__)
+
+
+def test_a_chart_of_rows_leaves_out_what_is_not_known():
+    drawn = svg.dot_chart("t", [svg.Series("a<b", [(0.5, 1.0)]), svg.Series("c", [(0.5, float("nan"))])])
+    assert "a&lt;b" in drawn
+    assert ">c<" not in drawn
+    assert svg.dot_chart("t", [svg.Series("c", [(0.5, float("nan"))])]) == ""
+
+
 def each_ticket(view, **details):
     """The section on each ticket of a run with other details."""
     html = page([RunView(view.name, view.folder, view.table, {**view.details, **details})])

@@ -63,10 +63,21 @@ def test_a_methods_variants_are_lines_of_their_own():
     assert drawn["RTL"].get_linestyle() != drawn["RTL (schedule=mixed)"].get_linestyle()
 
 
-def test_eleven_variants_at_one_sparsity_are_told_apart():
-    rows = [row(accuracy=n / 11) | {"variant": f"switch={n}"} for n in range(11)]
-    drawn = plots.metric_against_sparsity(rows, {"accuracy": "accuracy"}).axes[0].get_lines()
-    assert len({(line.get_marker(), line.get_markerfacecolor() == "none") for line in drawn}) == 11
+def test_variants_at_one_sparsity_are_rows_with_a_dot_at_the_mean_and_the_range_of_seeds():
+    rows = [
+        row("rtl", 0.5, seed, accuracy=number + seed / 10) | {"variant": variant}
+        for number, variant in enumerate("ab")
+        for seed in (1, 3)
+    ]
+    rows += [row("dense", 0.0, accuracy=0.7), row("imp_single", 0.5) | {"metrics": {}}]
+    (axis,) = plots.metric_by_row(rows, {"accuracy": "accuracy"}).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["RTL (a)", "RTL (b)", "IMP single", "dense"]
+    dots = [(*one.get_xdata(), *one.get_ydata()) for one in axis.get_lines() if one.get_marker() == "o"]
+    assert dots == [pytest.approx(dot) for dot in ((0.2, 0), (1.2, 1), (0.7, 3))]
+    assert list(axis.get_lines()[0].get_xdata()) == pytest.approx([0.1, 0.3])
+    dashed = [one for one in axis.get_lines() if one.get_linestyle() == "--"]
+    assert [list(one.get_xdata()) for one in dashed] == [pytest.approx([0.2, 0.2])]
+    assert axis.yaxis_inverted()
 
 
 def test_protocols_of_merged_runs_are_lines_of_their_own():

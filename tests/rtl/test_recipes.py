@@ -163,6 +163,7 @@ def test_an_unknown_recipe_or_protocol_is_refused(name, protocol, message):
         ({"switches": ("seeds=3",)}, "switches holds 'seeds=3', expected NAME=VALUE"),
         ({"switches": ("model=ghostnet",)}, "switches holds 'model=ghostnet', expected NAME=VALUE"),
         ({"switches": ("schedule=mixd",)}, "schedule is 'mixd'"),
+        ({"switches": ("schedule=pooled",)}, "schedule is 'pooled', expected 'sequential' or 'mixed'"),
         ({"init": "xavier"}, "init is 'xavier', expected 'kaiming' or 'torch'"),
         ({"switches": ("lr=fast",)}, "switches holds 'lr=fast', but lr is a number"),
         ({"switches": ("lr=+0.01",)}, r"switches holds 'lr=\+0.01', expected letters, digits and \. _ - for the value"),

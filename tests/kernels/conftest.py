@@ -4,13 +4,8 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import settings
 
 from rtl_kernels import functional
-
-# Property tests draw the same examples on every run: a failure here is a failure there.
-settings.register_profile("kernels", deadline=None, derandomize=True, database=None, max_examples=40)
-settings.load_profile("kernels")
 
 
 def pytest_collection_modifyitems(items):

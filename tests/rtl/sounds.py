@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from rtl.data.speech import RATE
 
 sf = pytest.importorskip("soundfile", reason="needs the extra 'speech'")
-RNG = np.random.default_rng(0)
 
 
 def tone(seconds=1.0, rate=RATE, hertz=440.0, level=0.3):
@@ -14,7 +14,7 @@ def tone(seconds=1.0, rate=RATE, hertz=440.0, level=0.3):
 
 
 def noise(seconds=1.0, rate=RATE, level=0.05):
-    return (level * RNG.standard_normal(round(seconds * rate))).astype(np.float32)
+    return level * torch.randn(round(seconds * rate)).numpy()
 
 
 def write(file, samples, rate=RATE, **options):

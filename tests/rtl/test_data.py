@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import TensorDataset
@@ -39,7 +39,6 @@ def coloured(count=6):
 # Data
 
 
-@settings(deadline=None)  # the first batch pays for torch's start
 @given(st.lists(st.integers(0, 5), max_size=8))
 def test_a_batch_is_the_samples_at_the_index_divided_by_255_and_normalised(index):
     data = coloured()

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rtl.data import Data
@@ -33,7 +33,6 @@ def first_column(data):
 # Partition
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=30))
 def test_subsets_are_disjoint_ascending_and_hold_every_sample_of_a_class(labels):
     data = labelled([0, 1, 2, 3, *labels])

@@ -52,6 +52,14 @@ def forked(action):
     return child
 
 
+DEADLINE = 300  # seconds; only what hangs takes as long
+
+
+def wait_to_be_ended():
+    signal.alarm(2 * DEADLINE)  # by this if by nobody else
+    signal.pause()
+
+
 def files(folder):
     return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
 
@@ -420,7 +428,7 @@ def test_a_child_is_a_subfolder_with_the_same_workers_and_progress(run):
 def hold_lock(run, ready):
     with run.lock():
         os.write(ready, b"x")
-        time.sleep(60)
+        wait_to_be_ended()
 
 
 def test_a_second_process_is_refused_by_the_holders_id_and_a_killed_holder_lets_go(run):
@@ -498,18 +506,22 @@ class OurError(KeyError):
 
 
 def fail_at_one(run, item):
+    working = run.path / "working"
     if item == 1:
+        wait_for(working)
         raise OurError("the reason")
-    time.sleep(60)
+    write_atomically(working, str(os.getpid()).encode())
+    wait_to_be_ended()
 
 
 def test_an_error_in_a_worker_stops_the_others_and_keeps_its_type_and_traceback(run):
     shown = io.StringIO()
     run.progress = Progress(stream=shown)
-    begun = time.monotonic()
+    run.path.mkdir()
     with pytest.raises(OurError, match="the reason") as caught:
         run.map(fail_at_one, [0, 1], label="w")
-    assert time.monotonic() - begun < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((run.path / "working").read_text()), 0)
     assert "in w-worker-" in str(caught.value.__cause__)
     assert "in fail_at_one" in str(caught.value.__cause__)
     assert "w: stopped at 0/2" in shown.getvalue()
@@ -569,7 +581,7 @@ def scribble(tensors, run, item):
 
 
 def wait_for(file):
-    end = time.monotonic() + 60
+    end = time.monotonic() + DEADLINE
     while not file.exists():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -609,9 +621,12 @@ from rtl.workers import keep_freed_memory
 keep_freed_memory()
 for _ in range(64):  # glibc finds the room for aligned memory again only when what was freed has grown together
     torch.ones(16 << 20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(16 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+found = []
+for _ in range(8):  # the least: what the system does to a process besides costs it faults now and then
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(found))
 """
 
 
@@ -624,7 +639,7 @@ def test_a_process_can_keep_freed_memory_too(own):
 
 
 RELEASED = """
-import sys, tempfile, torch
+import sys, torch
 import rtl.workers
 from rtl.run import Artefact, Run
 
@@ -636,16 +651,16 @@ rtl.workers.RELEASE_SECONDS = float(sys.argv[1])
 before = resident()
 large = [torch.ones(1 << 20) for _ in range(64)]
 del large
-Run(tempfile.mkdtemp()).stage("work", lambda: Artefact({"kept": torch.ones(8)}))
+Run(sys.argv[2]).stage("work", lambda: Artefact({"kept": torch.ones(8)}))
 print(resident() - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps, and releases")
 @pytest.mark.parametrize(("seconds", "held"), [(0, False), (3600, True)])
-def test_a_finished_stage_gives_freed_memory_back_now_and_then(seconds, held):
+def test_a_finished_stage_gives_freed_memory_back_now_and_then(tmp_path, seconds, held):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    command = [sys.executable, "-c", RELEASED, str(seconds)]
+    command = [sys.executable, "-c", RELEASED, str(seconds), str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert (int(done.stdout) > 128) == held  # MiB; 256 were freed
 
@@ -677,12 +692,13 @@ def test_a_run_survives_pickling(run):
 
 
 SCRIPT = """
-import functools, os, sys, time
+import functools, os, signal, sys
 from rtl.run import Run
 
 def sleep(run, item, data):
     os.write(1, b"ready\\n")
-    time.sleep(60)
+    signal.alarm(600)  # ends it if nobody else does
+    signal.pause()
 
 def main(data=b""):
     Run(sys.argv[1], workers=2).map(functools.partial(sleep, data=data), [1, 2], label="w")
@@ -709,7 +725,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
     with script(tmp_path, 'if __name__ == "__main__":\n    main()\n') as parent:
         assert [parent.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
         parent.send_signal(number)
-        _, errors = parent.communicate(timeout=10)  # ends when no process holds the pipes any more
+        _, errors = parent.communicate(timeout=DEADLINE)  # ends when no process holds the pipes any more
     assert parent.returncode == -number
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
@@ -718,6 +734,6 @@ def test_workers_end_with_their_parent(tmp_path, number):
 
 def test_a_script_that_guards_nothing_is_told_to(tmp_path):
     with script(tmp_path, "main(bytes(1 << 20))\n") as parent:  # more than a pipe to a dying worker holds
-        _, errors = parent.communicate(timeout=60)
+        _, errors = parent.communicate(timeout=DEADLINE)
     assert parent.returncode == 1
     assert 'a script needs `if __name__ == "__main__":`' in errors.splitlines()[-1]

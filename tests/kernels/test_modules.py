@@ -445,7 +445,7 @@ def test_passes_in_several_threads_keep_to_their_own_routes(net, x, form):
     met = threading.Barrier(2)
 
     def meet(module, inputs):
-        met.wait(30)  # both have begun before either reaches its first layer
+        met.wait(300)  # both have begun before either reaches its first layer
 
     def run(index):
         with torch.no_grad():

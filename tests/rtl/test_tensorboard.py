@@ -75,7 +75,8 @@ def test_metrics_and_samples_are_written(tmp_path):
     assert [step for step, _ in images["examples/7/missed"]] == [500]
 
 
-def test_listeners_hear_every_task_and_values_are_told_once():
+def test_listeners_hear_every_task_and_values_are_told_once(monkeypatch):
+    monkeypatch.setattr("rtl.progress.time.monotonic", lambda: 0.0)
     heard = []
     progress = Progress(quiet=True)
     progress.listen(heard.append)

@@ -59,10 +59,12 @@ def watch(folder: Path, every: float, once: bool) -> int:
     if once or not console.is_terminal:
         console.print(status(folder, console.width))
         return 0
+    finished = (folder / "table.json").is_file()
     # An interrupt ends the watching, and is no news: the run goes on.
     with suppress(KeyboardInterrupt), Live(status(folder, console.width), console=console, auto_refresh=False) as live:
-        while not (folder / "table.json").is_file():
+        while not finished:
             time.sleep(every)
+            finished = (folder / "table.json").is_file()  # before the last look, which then shows it
             live.update(status(folder, console.width), refresh=True)
     return 0
 

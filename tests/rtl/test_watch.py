@@ -8,6 +8,7 @@ import pytest
 from test_collapse import alarm_on
 from toys import blobs, mlp, quiet
 
+import rtl.watch
 from rtl import extract, retrain
 from rtl.cli import main
 from rtl.collapse import CollapseWarning
@@ -126,6 +127,23 @@ def test_an_interrupt_ends_the_watching_and_is_not_said_to_end_the_run(run, caps
     monkeypatch.setattr(time, "sleep", interrupted)
     assert main(["watch", str(run.path)]) == 0
     assert "interrupted" not in capsys.readouterr().err
+
+
+def test_the_last_look_is_at_the_finished_run_however_soon_after_a_look_it_ends(run, monkeypatch):
+    looks, status = [], rtl.watch.status
+
+    def look(folder, width):
+        found = status(folder, width)
+        looks.append("finished" in found.renderables[0])
+        if len(looks) == 2:
+            (folder / "table.json").write_text("{}")
+        return found
+
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(rtl.watch, "status", look)
+    assert main(["watch", str(run.path)]) == 0
+    assert looks == [False, False, True]
 
 
 def test_watching_writes_nothing(run):

@@ -19,7 +19,7 @@ TABLES = re.findall(r"<!-- (table|published): ([\w-]+) -->\n(.*?)<!-- end -->", 
 def test_example_runs_as_written(number, tmp_path):
     file = tmp_path / "example.py"
     file.write_text(EXAMPLES[number])
-    done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

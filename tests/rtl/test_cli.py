@@ -7,6 +7,7 @@ import re
 import signal
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401 (makes a list of fonts once, and if that takes long says so among errors)
 import pytest
 from test_report import row
 from toys import tree
@@ -222,11 +223,15 @@ def test_a_run_that_another_process_holds_is_refused(capsys, folder, command):
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
-        with Run(folder / "held").lock():
-            os.write(theirs, b"x")
-            signal.pause()
+        try:
+            with Run(folder / "held").lock():
+                os.write(theirs, b"x")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(theirs)
     try:
-        os.read(ours, 1)
+        assert os.read(ours, 1) == b"x"
         before = tree(folder)
         code, _, err = call(capsys, *command.split())
         assert tree(folder) == before

@@ -16,7 +16,10 @@ from rtl.data import Data, cifar10, cifar100, data_root, digits, from_dataset
 from rtl.errors import InputError
 from rtl.partition import by_label
 
-needs_data = pytest.mark.skipif("RTL_DATA" not in os.environ, reason="RTL_DATA names no folder with the real data")
+
+def needs(pack):
+    file = Path(os.environ.get("RTL_DATA") or "nowhere") / pack / "train_0.webp"
+    return pytest.mark.skipif(not file.is_file(), reason=f"RTL_DATA names no folder with the real {pack}")
 
 
 def pixels(count=6):
@@ -432,7 +435,7 @@ def test_a_missing_batch_is_named(tmp_path):
 # The real data
 
 
-@needs_data
+@needs("cifar10")
 def test_the_first_cifar10_mosaic_is_balanced_and_has_the_published_statistics():
     train, test = cifar10(None, parts=1)
     assert len(train) == 10_000
@@ -445,7 +448,7 @@ def test_the_first_cifar10_mosaic_is_balanced_and_has_the_published_statistics()
     torch.testing.assert_close(inputs.std(dim=(0, 2, 3)), torch.ones(3), rtol=0, atol=0.02)
 
 
-@needs_data
+@needs("cifar100")
 def test_cifar100_has_a_hundred_balanced_classes_in_twenty_superclasses():
     train, test = cifar100(None, parts=1)
     assert torch.bincount(train.targets).tolist() == [100] * 100

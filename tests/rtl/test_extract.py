@@ -362,6 +362,7 @@ def test_interrupted_inside_a_long_round_it_goes_on_after_its_last_epoch_to_the_
     whole_run, run = quiet(tmp_path / "whole"), quiet(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(rtl.checkpoint, "save", lambda *_: pytest.fail("a short round leaves no checkpoints"))
+        patch.setattr(module, "CHECKPOINT_SECONDS", 3600.0)
         extract(seeded(TinyConv), parts, plan, fit, whole_run)
     original, count = module.step, [0]
 

@@ -71,7 +71,7 @@ class RunView:
     def configs(self) -> dict[str, dict[str, Any]]:
         """The settings, by the name of each merged run ("" for a run)."""
         names = {file: file.stem.removeprefix("config").removeprefix("-") for file in settings(self.folder)}
-        return {name: json.loads(file.read_text()) for file, name in names.items()}
+        return {name: json.loads(file.read_bytes()) for file, name in names.items()}
 
     @cached_property
     def banks(self) -> dict[float, Mapping[str, rk.MaskBank]]:
@@ -125,11 +125,11 @@ def page(runs: Sequence[RunView]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>rtl report: {escape(names)}</title><style>{style.read_text()}</style></head><body>"
+        f"<title>rtl report: {escape(names)}</title><style>{style.read_text(encoding='utf-8')}</style></head><body>"
         '<a class="skip" href="#results">skip to results</a>'
         f"<header><h1>{escape(names)}</h1>{_lead(runs)}</header>"
         f'<nav aria-label="sections"><ul>{links}</ul></nav><main>{body}</main>'
-        f"<script>{script.read_text()}</script></body></html>\n"
+        f"<script>{script.read_text(encoding='utf-8')}</script></body></html>\n"
     )
 
 

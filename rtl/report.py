@@ -277,7 +277,7 @@ def read_results(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Where the details hold no curve, it is that of the masks in `tickets/`, if there are any.
     """
     try:
-        table, details = (json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("table", "details"))
+        table, details = (json.loads((Path(folder) / f"{name}.json").read_bytes()) for name in ("table", "details"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"run is {str(folder)!r}, which holds no finished results ({error}): finish `rtl run`"

@@ -93,7 +93,7 @@ def read(source: str | os.PathLike[str], names: Sequence[str]) -> Tensor:
     if path.is_dir():
         return wordnet(names, path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         if not isinstance(content, dict) or "names" not in content or not {"matrix", "embedding"} & content.keys():
             raise ValueError('it has no "names" with a "matrix" or an "embedding"')
         index = [content["names"].index(name) for name in names]
@@ -145,7 +145,7 @@ def _graph(file: Path) -> tuple[Find, Hypernyms]:
 @cache
 def _graph_content(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error}): get it again") from error
     if not isinstance(content, dict) or not {"classes", "synsets"} <= content.keys():

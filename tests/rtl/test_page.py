@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from rtl.report import environment, insights, write_results
 RESULTS = Path(__file__).parents[2] / "results"
 CURVE = Path(__file__).parent / "fixtures" / "curves" / "digits-fine.json"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-NASTY = '</script><!--<script><b>"&'
+NASTY = '</script><!--<script><b>"&é'
 
 
 @pytest.fixture(scope="module")
@@ -513,12 +514,13 @@ def test_in_chromium_two_runs_fit_a_screen_and_print(tmp_path, folder):
 
 
 def test_it_needs_no_more_than_the_package(folder):
-    """No plotting library is loaded for the page itself."""
+    """No plotting library is loaded for the page itself, and no locale has to be set."""
     code = (
         f"import sys, pathlib; from rtl.page import RunView, page; run = RunView.read(pathlib.Path({str(folder)!r})); "
     )
     code += "page([run]); assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | plain, check=True)
 
 
 def test_report_writes_it(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ def names(of):
 def test_contender_is_right_or_says_why_not(case, name, training):
     if name == COMPILED and case.name != "strided":
         pytest.skip("compiled for one case: compiling takes long")
+    if name == COMPILED and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
     problem = contenders.Problem(case, 0.5, training)
     runs, skipped = contenders.build(problem, [name])
     if name == "loop, cached" and training:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -145,6 +147,7 @@ def test_a_compiled_model_trains_as_the_model_itself(batch_norm):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 def test_inductor_compiles_a_model_in_one_graph():
     torch._dynamo.reset()
     torch.manual_seed(0)

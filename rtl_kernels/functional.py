@@ -323,8 +323,8 @@ def _check(x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor
 
 
 def _check_channels(x: Tensor, in_channels: int, groups: int, divided: int) -> None:
-    if groups < 1 or divided % groups:
-        raise ValueError(f"groups is {groups}, expected a divisor of the weight's leading dimension {divided}")
+    if not hasattr(groups, "__index__") or groups < 1 or divided % groups:
+        raise ValueError(f"groups is {groups!r}, expected a divisor of the weight's leading dimension {divided}")
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {in_channels}, height, width)")
 

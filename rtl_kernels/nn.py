@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import functional
 from .functional import _needs_gradient
-from .masks import MaskBank, has_padding_bits
+from .masks import MaskBank, check_count, has_padding_bits
 from .routing import Route
 from .shapes import statistics_dtype
 
@@ -263,6 +263,7 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
     def _init_subsets(self, num_masks: int, per_ticket: bool, affine_per_ticket: bool) -> None:
         if affine_per_ticket and not per_ticket:
             raise ValueError("affine_per_ticket is True with per_ticket=False: expected per_ticket=True")
+        check_count("num_masks", num_masks)
         self.num_masks = num_masks
         self.per_ticket = per_ticket
         self.affine_per_ticket = affine_per_ticket
@@ -563,13 +564,14 @@ def convert(
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
 
     Raises:
-        TypeError: `model` is no module, or `scope` a string.
+        TypeError: `model` is no module, num_masks no integer, or `scope` a string.
         ValueError: num_masks < 1; nothing to mask is in scope, a glob matches no layer, a layer is masked already, or
             has parametrisations or a shape not yet known; batch_norm is neither, or "per_ticket" where another layer
             than `nn.BatchNorm2d` mixes samples; affine_per_ticket without it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
+    check_count("num_masks", num_masks)
     if num_masks < 1:
         raise ValueError(f"num_masks is {num_masks}, expected at least 1")
     if batch_norm not in ("shared", "per_ticket"):

@@ -175,6 +175,7 @@ def test_a_module_used_twice_is_masked_once():
     ("arguments", "error", "message"),
     [
         ({"num_masks": 0}, ValueError, "num_masks is 0, expected at least 1"),
+        ({"num_masks": 2.5}, TypeError, "num_masks is 2.5, expected an integer"),
         ({"scope": ["stem.*", "tail*"]}, ValueError, r"scope holds 'tail\*', which matches no linear or convolution"),
         ({"scope": "stem.*"}, TypeError, r"scope is 'stem.\*', expected a predicate or a list of globs"),
         ({"scope": lambda name, module: False}, ValueError, "scope holds no nn.Linear.* nothing to mask"),

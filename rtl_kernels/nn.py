@@ -147,9 +147,13 @@ class _Masked(_Routed):
             weight = state_dict.get(prefix + "weight", self.weight)
             ones = MaskBank.ones(self.num_masks, self._mask_shape, weight.device)
             state_dict[prefix + "mask_words"] = ones.words
+        errors: list[str] = args[-1]
+        dtype = state_dict[prefix + "mask_words"].dtype
+        if dtype != torch.int32:  # of a state dict cast as a whole, say: floats have no room for 32 bits
+            errors.append(f"{prefix}mask_words has dtype {dtype}, expected torch.int32")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         if self.mask_words.device.type == "cpu" and has_padding_bits(self.mask_words, self._mask_shape):
-            errors: list[str] = args[-1]
             errors.append(f"{prefix}mask_words has bits set behind the end of a row, expected zeros there")
 
     def extra_repr(self) -> str:

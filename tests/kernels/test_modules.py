@@ -333,6 +333,16 @@ def test_a_state_dict_with_padding_bits_is_refused(net):
         copy.deepcopy(net).load_state_dict(state)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+def test_a_state_dict_whose_masks_were_cast_is_refused(net, x, dtype, assign):
+    expected = net(x, INDEX)
+    state = {name: value.to(dtype) if "mask_words" in name else value for name, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"model.head.mask_words has dtype {dtype}, expected torch.int32"):
+        net.load_state_dict(state, assign=assign)
+    testing.assert_bitwise(net(x, INDEX), expected)
+
+
 def test_loading_leaves_the_state_dict_as_it_was():
     state = Net().state_dict()
     before = list(state)

@@ -124,13 +124,14 @@ class _Masked(_Routed):
 
     @property
     def bank(self) -> MaskBank:
-        """The layer's masks. Assign a bank of as many masks over the same weight to replace them."""
+        """The layer's masks. Assign a bank of as many masks over the same weight to replace them: its bits are copied."""
         return MaskBank.unchecked(self.mask_words, self._mask_shape)
 
     @bank.setter
     def bank(self, bank: MaskBank) -> None:
         self._check_bank(bank, "bank")
-        self.mask_words = bank.words.to(self.mask_words.device)
+        # Of the layer's own: into a buffer that layers shared, a state dict would load one's masks over another's.
+        self.mask_words = bank.words.to(self.mask_words.device).clone(memory_format=torch.contiguous_format)
 
     def _check_bank(self, bank: MaskBank, name: str) -> None:
         if not isinstance(bank, MaskBank):

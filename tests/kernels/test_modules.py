@@ -247,6 +247,19 @@ def test_assigning_a_bank_is_validated():
     assert torch.equal(layer.bank.words, bank.words)
 
 
+def test_layers_given_one_bank_have_masks_of_their_own():
+    def make(masks):
+        net = rk.nn.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), K)
+        net.banks = dict(zip(net.banks, masks, strict=True))
+        return net
+
+    ones, zeros = rk.MaskBank.ones(K, (4, 4)), rk.MaskBank.from_dense(torch.zeros(K, 4, 4, dtype=torch.bool))
+    saved, other = make([ones, zeros]), make([ones, ones])
+    other.load_state_dict(saved.state_dict())
+    assert [int(bank.counts().sum()) for bank in other.banks.values()] == [16 * K, 0]
+    assert ones.counts().tolist() == [16] * K
+
+
 def test_all_banks_are_assigned_by_name(net):
     banks = {name: rk.MaskBank.ones(K, bank.shape) for name, bank in net.banks.items()}
     net.banks = banks

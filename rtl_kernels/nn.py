@@ -88,6 +88,11 @@ class _Routed:
     def _route(self, route: Route | None) -> Route:
         if route is None and self._pass is not None:
             route = self._pass.running()
+        if route is None and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                f"{type(self).__name__} was called in a backward pass, when the forward pass and its route had ended: "
+                "where torch.utils.checkpoint is used inside the model, checkpoint the wrapper's whole call instead"
+            )
         if route is None:
             raise ValueError(
                 f"{type(self).__name__} was called without a route: call the model through the wrapper that "

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import rtl_kernels as rk
 from rtl_kernels import testing
@@ -278,6 +279,24 @@ def test_all_banks_are_assigned_by_name(net):
 def test_a_layer_called_without_a_route_says_how_to_call_it():
     with pytest.raises(ValueError, match=r"MaskedLinear was called without a route: call the model through the wrapp"):
         MaskedLinear(4, 5, num_masks=K)(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_inside_a_model_are_refused_in_words_and_of_the_whole_call_give_its_gradients(use_reentrant):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=use_reentrant)
+
+    x = torch.randn(len(TICKETS), 4, requires_grad=True)
+    net = rk.nn.convert(Checkpointed(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), K)
+    with pytest.raises(ValueError, match=r"MaskedLinear was called in a backward pass.* the wrapper's whole call inst"):
+        net(x, TICKETS).sum().backward()
+    net = rk.nn.convert(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), K)
+    weights = [layer.weight for layer in net.masked_modules().values()]
+    expected = torch.autograd.grad(net(x, TICKETS).sum(), weights)
+    checkpoint(net, x, TICKETS, use_reentrant=use_reentrant).sum().backward()
+    for weight, gradient in zip(weights, expected, strict=True):
+        testing.assert_bitwise(weight.grad, gradient)
 
 
 @pytest.mark.parametrize(

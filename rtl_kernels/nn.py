@@ -129,7 +129,7 @@ class _Masked(_Routed):
 
     @property
     def bank(self) -> MaskBank:
-        """The layer's masks. Assign a bank of as many masks over the same weight to replace them: its bits are copied."""
+        """The layer's masks. Assign a bank of as many over the same weight to replace them: its bits are copied."""
         return MaskBank.unchecked(self.mask_words, self._mask_shape)
 
     @bank.setter

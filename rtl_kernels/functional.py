@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -329,9 +330,13 @@ def _check_channels(x: Tensor, in_channels: int, groups: int, divided: int) -> N
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {in_channels}, height, width)")
 
 
+# The numbers of Python and of numpy, as torch takes both; int stands first because asking for the other takes longer.
+_INTEGERS = (int, Integral)
+
+
 def _pair(name: str, value: IntPair, least: int) -> list[int]:
     pair = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+    if len(pair) != 2 or not all(isinstance(v, _INTEGERS) and v >= least for v in pair):
         raise ValueError(f"{name} is {value!r}, expected an integer >= {least} or two (height, width)")
     return pair
 
@@ -352,7 +357,7 @@ def _sides(
     sides = list(padding) if isinstance(padding, Sequence) else [padding, padding]
     pairs: list[list[Any]] = [list(side) if isinstance(side, Sequence) else [side, side] for side in sides]
     flat = [s for pair in pairs for s in pair]
-    if [len(pair) for pair in pairs] != [2, 2] or not all(isinstance(s, int) and s >= 0 for s in flat):
+    if [len(pair) for pair in pairs] != [2, 2] or not all(isinstance(s, _INTEGERS) and s >= 0 for s in flat):
         raise ValueError(
             f"padding is {padding}, expected an integer >= 0, (height, width) or ((top, bottom), (left, right))"
         )

@@ -8,6 +8,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -527,6 +528,17 @@ def test_a_model_in_half_precision_keeps_its_masks(net, x, dtype):
 
 
 # ---- particular layers
+
+
+def test_strides_and_paddings_may_be_numbers_of_numpy_as_those_of_dense_layers():
+    two, one = np.int64(2), np.int64(1)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=two, padding=(one, np.int64(0)), dilation=one, groups=two),
+        nn.ConvTranspose2d(6, 4, 3, stride=two, padding=one, output_padding=one),
+    )
+    x = torch.randn(3, 4, 7, 7)
+    expected = model(x)
+    torch.testing.assert_close(rk.nn.convert(model, K)(x, [0, 2, 1]), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

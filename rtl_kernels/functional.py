@@ -8,6 +8,7 @@ gradient is needed the raw operator is called directly.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -227,12 +228,15 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         function: masked_linear, masked_conv2d or masked_conv_transpose2d; the rest as for the call.
 
     Raises:
+        TypeError: an argument is missing, unknown or of another type.
         ValueError: another function, or a named backend that does not exist or cannot run the call.
     """
     if function not in (masked_linear, masked_conv2d, masked_conv_transpose2d):
         raise ValueError(f"function is {function!r}, expected one of the masked operators of rtl_kernels")
-    x, weight = args[0] if args else kwargs["x"], args[1] if len(args) > 1 else kwargs["weight"]
-    return _choose(function.__name__, x, weight, kwargs.get("backend", "auto"))
+    call = inspect.signature(function).bind(*args, **kwargs).arguments
+    x, weight = call["x"], call["weight"]
+    _check_types(x, weight, call["bank"], call["route"], call.get("bias"), 2 if function is masked_linear else 4)
+    return _choose(function.__name__, x, weight, call.get("backend", "auto"))
 
 
 def _backend(operation: str, x: Tensor, weight: Tensor, backend: str) -> str:

@@ -296,9 +296,9 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         """x (rows, C, H, W) -> the same shape. Called with a route of its own, x is in the order of the samples.
 
         Raises:
-            TypeError: `route` is no Route.
-            ValueError: x is not of four dimensions, or the route (only per ticket) is missing, of another number of
-                masks or of samples, holds −1, or in training gives a ticket one value a channel.
+            TypeError: `route` is no Route, or x of a dtype that the layer does not take.
+            ValueError: x is not of four dimensions or has other channels, or the route (only per ticket) is missing, of
+                another number of masks or of samples, holds −1, or in training gives a ticket one value a channel.
         """
         if not self.per_ticket:
             own = self.training or self.running_mean is None
@@ -313,6 +313,16 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
             x = x.repeat(route.num_masks, 1, 1, 1)
         y = self._forward_rows(route.arrange(x), route)
         return y if route.all_masks else route.restore(y)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        super()._check_input_dim(x)  # type: ignore[no-untyped-call]
+        known = self.running_mean if self.weight is None else self.weight
+        if known is not None and x.shape[1] != known.shape[-1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (rows, {known.shape[-1]}, height, width)")
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}, expected a floating-point one")
+        if self.weight is not None and statistics_dtype(x.dtype) != statistics_dtype(self.weight.dtype):
+            raise TypeError(f"weight has dtype {self.weight.dtype}, which does not go with x's, {x.dtype}")
 
     def _forward_whole(self, x: Tensor) -> Tensor:
         """One set of statistics for the whole batch, as `nn.BatchNorm2d` in training, by the kernels' batch norm."""

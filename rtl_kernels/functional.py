@@ -335,7 +335,7 @@ def _check_channels(x: Tensor, in_channels: int, groups: int, divided: int) -> N
 
 
 # The numbers of Python and of numpy, as torch takes both; int stands first because asking for the other takes longer.
-_INTEGERS = (int, Integral)
+_INTEGERS: tuple[Any, ...] = (int, Integral)
 
 
 def _pair(name: str, value: IntPair, least: int) -> list[int]:

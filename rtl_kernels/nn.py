@@ -315,7 +315,7 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         return y if route.all_masks else route.restore(y)
 
     def _check_input_dim(self, x: Tensor) -> None:
-        super()._check_input_dim(x)  # type: ignore[no-untyped-call]
+        super()._check_input_dim(x)
         known = self.running_mean if self.weight is None else self.weight
         if known is not None and x.shape[1] != known.shape[-1]:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (rows, {known.shape[-1]}, height, width)")

@@ -176,6 +176,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, value in (("threads", min(options.threads)), ("seconds", options.seconds), ("limit", options.limit)):
         if value <= 0:
             raise InputError(f"{name} is {value}, expected more than 0")
+    if options.out is not None:  # what is measured in hours has to have a place
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"out is {str(options.out)!r}, expected a folder ({error})") from error
     return options
 
 

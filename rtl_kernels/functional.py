@@ -8,9 +8,11 @@ gradient is needed the raw operator is called directly.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -226,12 +228,15 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         function: masked_linear, masked_conv2d or masked_conv_transpose2d; the rest as for the call.
 
     Raises:
+        TypeError: an argument is missing, unknown or of another type.
         ValueError: another function, or a named backend that does not exist or cannot run the call.
     """
     if function not in (masked_linear, masked_conv2d, masked_conv_transpose2d):
         raise ValueError(f"function is {function!r}, expected one of the masked operators of rtl_kernels")
-    x, weight = args[0] if args else kwargs["x"], args[1] if len(args) > 1 else kwargs["weight"]
-    return _choose(function.__name__, x, weight, kwargs.get("backend", "auto"))
+    call = inspect.signature(function).bind(*args, **kwargs).arguments
+    x, weight = call["x"], call["weight"]
+    _check_types(x, weight, call["bank"], call["route"], call.get("bias"), 2 if function is masked_linear else 4)
+    return _choose(function.__name__, x, weight, call.get("backend", "auto"))
 
 
 def _backend(operation: str, x: Tensor, weight: Tensor, backend: str) -> str:
@@ -323,15 +328,19 @@ def _check(x: Tensor, weight: Tensor, bank: MaskBank, route: Route, bias: Tensor
 
 
 def _check_channels(x: Tensor, in_channels: int, groups: int, divided: int) -> None:
-    if groups < 1 or divided % groups:
-        raise ValueError(f"groups is {groups}, expected a divisor of the weight's leading dimension {divided}")
+    if not hasattr(groups, "__index__") or groups < 1 or divided % groups:
+        raise ValueError(f"groups is {groups!r}, expected a divisor of the weight's leading dimension {divided}")
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {in_channels}, height, width)")
 
 
+# The numbers of Python and of numpy, as torch takes both; int stands first because asking for the other takes longer.
+_INTEGERS: tuple[Any, ...] = (int, Integral)
+
+
 def _pair(name: str, value: IntPair, least: int) -> list[int]:
     pair = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+    if len(pair) != 2 or not all(isinstance(v, _INTEGERS) and v >= least for v in pair):
         raise ValueError(f"{name} is {value!r}, expected an integer >= {least} or two (height, width)")
     return pair
 
@@ -352,7 +361,7 @@ def _sides(
     sides = list(padding) if isinstance(padding, Sequence) else [padding, padding]
     pairs: list[list[Any]] = [list(side) if isinstance(side, Sequence) else [side, side] for side in sides]
     flat = [s for pair in pairs for s in pair]
-    if [len(pair) for pair in pairs] != [2, 2] or not all(isinstance(s, int) and s >= 0 for s in flat):
+    if [len(pair) for pair in pairs] != [2, 2] or not all(isinstance(s, _INTEGERS) and s >= 0 for s in flat):
         raise ValueError(
             f"padding is {padding}, expected an integer >= 0, (height, width) or ((top, bottom), (left, right))"
         )

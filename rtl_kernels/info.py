@@ -119,8 +119,9 @@ def describe(collected: dict[str, Any]) -> str:
         how = (row["operation"], row["device"], row["backend"], tuple(row["refused"].items()))
         alike.setdefault(how, []).append(row["dtype"])
     lines.append(GPU_NOTE)
+    fails = ", which refuses it: see above" if "refused" in collected.get("compiled", {}) else ""
     for (operation, device, backend, refused), dtypes in alike.items():
-        lines.append(f"{operation} on {device}, {', '.join(dtypes)}: runs on {backend}")
+        lines.append(f"{operation} on {device}, {', '.join(dtypes)}: runs on {backend}{fails * (backend == 'cpu')}")
         lines += [f"  not {name}: {reason}" for name, reason in refused]
     return "\n".join(lines)
 

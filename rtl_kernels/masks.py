@@ -101,7 +101,11 @@ class MaskBank:
 
     @classmethod
     def ones(cls, num_masks: int, shape: Sequence[int], device: torch.device | str | None = None) -> MaskBank:
-        """K masks that keep every weight of a tensor of shape `shape`. Raises ValueError if num_masks < 1."""
+        """K masks that keep every weight of a tensor of shape `shape`.
+
+        Raises TypeError if num_masks is no integer, ValueError if it is < 1.
+        """
+        check_count("num_masks", num_masks)
         if num_masks < 1:
             raise ValueError(f"num_masks is {num_masks}, expected at least 1")
         shape = torch.Size(shape)
@@ -233,6 +237,12 @@ def load_banks(path: str | os.PathLike[str]) -> dict[str, MaskBank]:
             return {name: MaskBank(file.get_tensor(f"{name}.words"), shape) for name, shape in shapes.items()}
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"path is {str(path)!r}, which is not a file of mask banks: {error}") from error
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise TypeError unless `value` can count something: an integer of Python's, numpy's or a tracer's."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
 
 
 def row_bits(shape: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import functional
 from .functional import _needs_gradient
-from .masks import MaskBank, has_padding_bits
+from .masks import MaskBank, check_count, has_padding_bits
 from .routing import Route
 from .shapes import statistics_dtype
 
@@ -88,6 +88,11 @@ class _Routed:
     def _route(self, route: Route | None) -> Route:
         if route is None and self._pass is not None:
             route = self._pass.running()
+        if route is None and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                f"{type(self).__name__} was called in a backward pass, when the forward pass and its route had ended: "
+                "where torch.utils.checkpoint is used inside the model, checkpoint the wrapper's whole call instead"
+            )
         if route is None:
             raise ValueError(
                 f"{type(self).__name__} was called without a route: call the model through the wrapper that "
@@ -124,13 +129,14 @@ class _Masked(_Routed):
 
     @property
     def bank(self) -> MaskBank:
-        """The layer's masks. Assign a bank of as many masks over the same weight to replace them."""
+        """The layer's masks. Assign a bank of as many over the same weight to replace them: its bits are copied."""
         return MaskBank.unchecked(self.mask_words, self._mask_shape)
 
     @bank.setter
     def bank(self, bank: MaskBank) -> None:
         self._check_bank(bank, "bank")
-        self.mask_words = bank.words.to(self.mask_words.device)
+        # Of the layer's own: into a buffer that layers shared, a state dict would load one's masks over another's.
+        self.mask_words = bank.words.to(self.mask_words.device).clone(memory_format=torch.contiguous_format)
 
     def _check_bank(self, bank: MaskBank, name: str) -> None:
         if not isinstance(bank, MaskBank):
@@ -147,9 +153,13 @@ class _Masked(_Routed):
             weight = state_dict.get(prefix + "weight", self.weight)
             ones = MaskBank.ones(self.num_masks, self._mask_shape, weight.device)
             state_dict[prefix + "mask_words"] = ones.words
+        errors: list[str] = args[-1]
+        dtype = state_dict[prefix + "mask_words"].dtype
+        if dtype != torch.int32:  # of a state dict cast as a whole, say: floats have no room for 32 bits
+            errors.append(f"{prefix}mask_words has dtype {dtype}, expected torch.int32")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         if self.mask_words.device.type == "cpu" and has_padding_bits(self.mask_words, self._mask_shape):
-            errors: list[str] = args[-1]
             errors.append(f"{prefix}mask_words has bits set behind the end of a row, expected zeros there")
 
     def extra_repr(self) -> str:
@@ -263,6 +273,7 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
     def _init_subsets(self, num_masks: int, per_ticket: bool, affine_per_ticket: bool) -> None:
         if affine_per_ticket and not per_ticket:
             raise ValueError("affine_per_ticket is True with per_ticket=False: expected per_ticket=True")
+        check_count("num_masks", num_masks)
         self.num_masks = num_masks
         self.per_ticket = per_ticket
         self.affine_per_ticket = affine_per_ticket
@@ -285,9 +296,9 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
         """x (rows, C, H, W) -> the same shape. Called with a route of its own, x is in the order of the samples.
 
         Raises:
-            TypeError: `route` is no Route.
-            ValueError: x is not of four dimensions, or the route (only per ticket) is missing, of another number of
-                masks or of samples, holds −1, or in training gives a ticket one value a channel.
+            TypeError: `route` is no Route, or x of a dtype that the layer does not take.
+            ValueError: x is not of four dimensions or has other channels, or the route (only per ticket) is missing, of
+                another number of masks or of samples, holds −1, or in training gives a ticket one value a channel.
         """
         if not self.per_ticket:
             own = self.training or self.running_mean is None
@@ -302,6 +313,16 @@ class SubsetBatchNorm2d(_Routed, nn.BatchNorm2d):
             x = x.repeat(route.num_masks, 1, 1, 1)
         y = self._forward_rows(route.arrange(x), route)
         return y if route.all_masks else route.restore(y)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        super()._check_input_dim(x)
+        known = self.running_mean if self.weight is None else self.weight
+        if known is not None and x.shape[1] != known.shape[-1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (rows, {known.shape[-1]}, height, width)")
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}, expected a floating-point one")
+        if self.weight is not None and statistics_dtype(x.dtype) != statistics_dtype(self.weight.dtype):
+            raise TypeError(f"weight has dtype {self.weight.dtype}, which does not go with x's, {x.dtype}")
 
     def _forward_whole(self, x: Tensor) -> Tensor:
         """One set of statistics for the whole batch, as `nn.BatchNorm2d` in training, by the kernels' batch norm."""
@@ -563,13 +584,14 @@ def convert(
         affine_per_ticket: with "per_ticket", scale and shift per ticket too.
 
     Raises:
-        TypeError: `model` is no module, or `scope` a string.
+        TypeError: `model` is no module, num_masks no integer, or `scope` a string.
         ValueError: num_masks < 1; nothing to mask is in scope, a glob matches no layer, a layer is masked already, or
             has parametrisations or a shape not yet known; batch_norm is neither, or "per_ticket" where another layer
             than `nn.BatchNorm2d` mixes samples; affine_per_ticket without it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
+    check_count("num_masks", num_masks)
     if num_masks < 1:
         raise ValueError(f"num_masks is {num_masks}, expected at least 1")
     if batch_norm not in ("shared", "per_ticket"):

@@ -200,6 +200,8 @@ def _refuse_dense(index: Tensor, offsets: Tensor, what: str) -> Tensor:
 torch.library.define("rtl_kernels::route", "(Tensor index, int num_masks) -> (Tensor, Tensor, Tensor)")
 torch.library.impl("rtl_kernels::route", "CompositeExplicitAutograd", _route)
 torch.library.register_fake("rtl_kernels::route", _route_fake)
+_register_loop_vmap("rtl_kernels::route")
 torch.library.define("rtl_kernels::refuse_dense", "(Tensor index, Tensor offsets, str what) -> Tensor")
 torch.library.impl("rtl_kernels::refuse_dense", "CompositeExplicitAutograd", _refuse_dense)
 torch.library.register_fake("rtl_kernels::refuse_dense", lambda index, offsets, what: torch.empty_like(index))
+_register_loop_vmap("rtl_kernels::refuse_dense")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .masks import check_count
+
 __all__ = ["Route"]
 
 
@@ -47,10 +49,11 @@ class Route:
             num_masks: K.
 
         Raises:
-            TypeError: `index` is not of integers.
+            TypeError: `index` is not of integers, or num_masks is none.
             ValueError: `index` is not of one dimension, or num_masks < 1.
             IndexError: a value lies outside −1..K−1.
         """
+        check_count("num_masks", num_masks)
         if num_masks < 1:
             raise ValueError(f"num_masks is {num_masks}, expected at least 1")
         if not isinstance(index, Tensor):
@@ -79,8 +82,11 @@ class Route:
         the K·B rows. Wrapped models and the public functions give (K, B, ...).
 
         Raises:
+            TypeError: num_masks or batch is no integer.
             ValueError: num_masks < 1 or batch < 0.
         """
+        check_count("num_masks", num_masks)
+        check_count("batch", batch)
         if num_masks < 1:
             raise ValueError(f"num_masks is {num_masks}, expected at least 1")
         if batch < 0:

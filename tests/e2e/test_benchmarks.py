@@ -326,6 +326,13 @@ def test_bad_input_is_refused_in_words(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_place_for_results_that_is_none_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "run", lambda stage, finished: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    assert command.main(["--reduced", "--out", str(tmp_path / "file")]) == 2
+    assert "file', expected a folder" in capsys.readouterr().err
+
+
 def test_the_benchmarks_refuse_another_environment():
     environment = {key: value for key, value in os.environ.items() if key not in harness.ALLOCATOR}
     done = subprocess.run(

@@ -216,6 +216,21 @@ def test_inputs_are_checked():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("per_ticket", [True, False])
+def test_channels_and_dtypes_of_another_layer_are_refused(per_ticket, training):
+    layer, route = SubsetBatchNorm2d(4, 2, per_ticket=per_ticket).train(training), rk.Route.build([0, 1, 1], 2)
+    assert layer(torch.zeros(3, 4, 2, 2, dtype=torch.bfloat16), route).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"x has shape \(3, 5, 2, 2\), expected \(rows, 4, height, width\)"):
+        layer(torch.zeros(3, 5, 2, 2), route)
+    with pytest.raises(TypeError, match=r"x has dtype torch.uint8, expected a floating-point one"):
+        layer(torch.zeros(3, 4, 2, 2, dtype=torch.uint8), route)
+    with pytest.raises(TypeError, match=r"weight has dtype torch.float32, which does not go with x's, torch.float64"):
+        layer(torch.zeros(3, 4, 2, 2, dtype=torch.float64), route)
+    free = SubsetBatchNorm2d(4, 2, per_ticket=per_ticket, affine=False, track_running_stats=False)
+    assert free(torch.ones(3, 5, 2, 2), route).shape == (3, 5, 2, 2)  # it knows of no number of channels
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_as_accurate_as_nn_batch_norm(dtype, training):
     """Also where the mean is large beside the deviation, so that scaled input and shift nearly cancel."""

@@ -165,7 +165,7 @@ def test_convolutions_take_channels_second(function):
 
 
 @convolutions
-@pytest.mark.parametrize("groups", [0, -2, 5])
+@pytest.mark.parametrize("groups", [0, -2, 5, 2.0])
 def test_groups_divide_the_channels(function, groups):
     with pytest.raises(ValueError, match=rf"groups is {groups}, expected a divisor|bias has shape"):
         call(function, groups=groups, bias=None)

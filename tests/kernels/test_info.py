@@ -65,8 +65,9 @@ def test_it_names_the_instructions_and_the_masks_kept():
 @pytest.mark.skipif(cpu.unavailable is not None, reason=f"the cpu backend is not there: {cpu.unavailable}")
 def test_it_tells_of_a_setting_that_the_kernels_refuse(monkeypatch):
     monkeypatch.setenv("RTL_KERNELS_CACHE_MB", "1G")
-    text = info.describe({"operators": [], "compiled": info.collect()["compiled"]})
+    text = info.describe(info.collect())
     assert "yes, but RTL_KERNELS_CACHE_MB is '1G', expected" in text
+    assert "masked_linear on cpu, float32, float64, float16, bfloat16: runs on cpu, which refuses it: see above" in text
 
 
 def test_it_says_why_there_is_no_compiled_backend():

@@ -8,11 +8,13 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import rtl_kernels as rk
 from rtl_kernels import testing
@@ -175,6 +177,7 @@ def test_a_module_used_twice_is_masked_once():
     ("arguments", "error", "message"),
     [
         ({"num_masks": 0}, ValueError, "num_masks is 0, expected at least 1"),
+        ({"num_masks": 2.5}, TypeError, "num_masks is 2.5, expected an integer"),
         ({"scope": ["stem.*", "tail*"]}, ValueError, r"scope holds 'tail\*', which matches no linear or convolution"),
         ({"scope": "stem.*"}, TypeError, r"scope is 'stem.\*', expected a predicate or a list of globs"),
         ({"scope": lambda name, module: False}, ValueError, "scope holds no nn.Linear.* nothing to mask"),
@@ -246,6 +249,19 @@ def test_assigning_a_bank_is_validated():
     assert torch.equal(layer.bank.words, bank.words)
 
 
+def test_layers_given_one_bank_have_masks_of_their_own():
+    def make(masks):
+        net = rk.nn.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), K)
+        net.banks = dict(zip(net.banks, masks, strict=True))
+        return net
+
+    ones, zeros = rk.MaskBank.ones(K, (4, 4)), rk.MaskBank.from_dense(torch.zeros(K, 4, 4, dtype=torch.bool))
+    saved, other = make([ones, zeros]), make([ones, ones])
+    other.load_state_dict(saved.state_dict())
+    assert [int(bank.counts().sum()) for bank in other.banks.values()] == [16 * K, 0]
+    assert ones.counts().tolist() == [16] * K
+
+
 def test_all_banks_are_assigned_by_name(net):
     banks = {name: rk.MaskBank.ones(K, bank.shape) for name, bank in net.banks.items()}
     net.banks = banks
@@ -264,6 +280,24 @@ def test_all_banks_are_assigned_by_name(net):
 def test_a_layer_called_without_a_route_says_how_to_call_it():
     with pytest.raises(ValueError, match=r"MaskedLinear was called without a route: call the model through the wrapp"):
         MaskedLinear(4, 5, num_masks=K)(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_inside_a_model_are_refused_in_words_and_of_the_whole_call_give_its_gradients(use_reentrant):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=use_reentrant)
+
+    x = torch.randn(len(TICKETS), 4, requires_grad=True)
+    net = rk.nn.convert(Checkpointed(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), K)
+    with pytest.raises(ValueError, match=r"MaskedLinear was called in a backward pass.* the wrapper's whole call inst"):
+        net(x, TICKETS).sum().backward()
+    net = rk.nn.convert(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), K)
+    weights = [layer.weight for layer in net.masked_modules().values()]
+    expected = torch.autograd.grad(net(x, TICKETS).sum(), weights)
+    checkpoint(net, x, TICKETS, use_reentrant=use_reentrant).sum().backward()
+    for weight, gradient in zip(weights, expected, strict=True):
+        testing.assert_bitwise(weight.grad, gradient)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +364,16 @@ def test_a_state_dict_with_padding_bits_is_refused(net):
     state["model.head.mask_words"] = torch.full_like(state["model.head.mask_words"], -1)
     with pytest.raises(RuntimeError, match=r"model.head.mask_words has bits set behind the end of a row"):
         copy.deepcopy(net).load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+def test_a_state_dict_whose_masks_were_cast_is_refused(net, x, dtype, assign):
+    expected = net(x, INDEX)
+    state = {name: value.to(dtype) if "mask_words" in name else value for name, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"model.head.mask_words has dtype {dtype}, expected torch.int32"):
+        net.load_state_dict(state, assign=assign)
+    testing.assert_bitwise(net(x, INDEX), expected)
 
 
 def test_loading_leaves_the_state_dict_as_it_was():
@@ -484,6 +528,17 @@ def test_a_model_in_half_precision_keeps_its_masks(net, x, dtype):
 
 
 # ---- particular layers
+
+
+def test_strides_and_paddings_may_be_numbers_of_numpy_as_those_of_dense_layers():
+    two, one = np.int64(2), np.int64(1)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=two, padding=(one, np.int64(0)), dilation=one, groups=two),
+        nn.ConvTranspose2d(6, 4, 3, stride=two, padding=one, output_padding=one),
+    )
+    x = torch.randn(3, 4, 7, 7)
+    expected = model(x)
+    torch.testing.assert_close(rk.nn.convert(model, K)(x, [0, 2, 1]), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

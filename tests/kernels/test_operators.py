@@ -180,3 +180,7 @@ def test_explain_gives_the_reason_of_every_refusal(monkeypatch):
         rk.masked_linear(*call, backend="cude")
     with pytest.raises(ValueError, match="expected one of the masked operators"):
         rk.explain(torch.add, *call)
+    with pytest.raises(TypeError, match="missing a required argument: 'weight'"):
+        rk.explain(rk.masked_linear, example.x)
+    with pytest.raises(TypeError, match="weight is a list, expected a Tensor"):
+        rk.explain(rk.masked_linear, example.x, [1.0], *call[2:])

@@ -179,3 +179,14 @@ def test_sizes_are_checked():
         rk.Route.every(0, 3)
     with pytest.raises(ValueError, match="batch is -1, expected 0 or more"):
         rk.Route.every(2, -1)
+    for call in (
+        lambda: rk.Route.build([0], "2"),
+        lambda: rk.Route.every("2", 3),
+        lambda: rk.MaskBank.ones("2", (4, 5)),
+        lambda: rk.nn.SubsetBatchNorm2d(3, "2"),
+    ):
+        with pytest.raises(TypeError, match="num_masks is '2', expected an integer"):
+            call()
+    with pytest.raises(TypeError, match=r"batch is 2.5, expected an integer"):
+        rk.Route.every(2, 2.5)
+    assert rk.Route.every(np.int64(2), np.int64(3)).rows == 6

@@ -318,6 +318,15 @@ def test_per_sample_gradients_by_vmap_of_grad_add_up_to_the_batch(backend):
     torch.testing.assert_close(grads.sum(0) + dense, expected.weight)
 
 
+def test_vmap_over_samples_and_their_indices_equals_a_batch(capfd):
+    net = rk.nn.convert(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), 3, batch_norm="per_ticket").eval()
+    net.banks = {name: rk.MaskBank.from_dense(torch.rand(3, *bank.shape) < 0.5) for name, bank in net.banks.items()}
+    x, index = torch.randn(4, 2, 5, 4), torch.tensor([2, 0, 1, 2])
+    expected = net(x, index)
+    torch.testing.assert_close(vmap(lambda sample, k: net(sample[None], k[None])[0])(x, index), expected)
+    assert "batching rule for rtl_kernels" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("per_ticket", [False, True])
 def test_vmap_over_a_batch_norm_in_training_equals_a_loop(per_ticket):
     norm = rk.nn.SubsetBatchNorm2d(2, 3, per_ticket=per_ticket, track_running_stats=False).double()

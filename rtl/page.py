@@ -364,7 +364,10 @@ def _by_ticket(run: RunView) -> str:
         return ""
     tickets = list(found.values)
     series = [Series(ticket, sorted(values.items()), k) for k, (ticket, values) in enumerate(found.values.items())]
+    title = f"{found.unit} of {found.of}"
     every = [s for values in found.values.values() for s in values]
+    if len(set(every)) == 1:
+        return dot_chart(title, series)
     marks = []
     for alarm in run.alarms:
         values = sorted(found.values.get(alarm.ticket, {}).items())
@@ -374,7 +377,7 @@ def _by_ticket(run: RunView) -> str:
             at = [-math.log2(1 - s) for s in at] if every and halves(every) else at  # on the line that is drawn
             y = float(np.interp(at[0], at[1:], ys))
             marks.append(Mark(alarm.sparsity, y, str(alarm), tickets.index(alarm.ticket)))
-    return line_chart(f"{found.unit} of {found.of}", series, "sparsity", marks)
+    return line_chart(title, series, "sparsity", marks)
 
 
 # Similarity

@@ -60,7 +60,7 @@ def metric_by_row(rows: Iterable[Row], metrics: Mapping[str, str]) -> Figure:
     seeds' range; dashed, the first's.
     """
     drawn = _lines(list(rows))
-    figure, axes = _figure(len(metrics), width=2.6, height=0.9 + 0.24 * len(drawn))
+    figure, axes = _figure(len(metrics), width=3.2, height=0.9 + 0.24 * len(drawn))
     for axis, (key, title) in zip(axes, metrics.items(), strict=True):
         first = None
         for y, (_, _, style, own) in enumerate(drawn):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -247,6 +248,15 @@ def test_variants_at_one_sparsity_are_named_dots(folder):
     assert float(dashed) == xs[0] == xs[names.index("RTL (schedule=mixed)")]
     values = [float(value) for value in re.findall(r"<title>[^<]*: ([\d.]+)</title>", chart)]
     assert sorted(range(len(xs)), key=xs.__getitem__) == sorted(range(len(xs)), key=values.__getitem__)
+
+
+def test_tickets_at_one_sparsity_are_named_dots(folder):
+    view = RunView.read(folder)
+    own = [one for one in view.details["per_class"] if one["sparsity"] == 0.5]
+    html = page([RunView(view.name, folder, view.table, {**view.details, "per_class": own})])
+    chart = html[html.index("of each ticket, first seed") :]
+    chart = chart[: chart.index("</figure>")]
+    assert [unescape(name) for name in re.findall(r'text-anchor="end">([^<]*)<', chart)] == list(view.curve.names)
 
 
 def test_a_chart_of_rows_leaves_out_what_is_not_known():

@@ -27,7 +27,7 @@ from rtl.alignment import Alignment
 from rtl.collapse import LOST, WARM_UP, Alarm, Verdict, verdicts
 from rtl.curve import Curve, mean_to_others
 from rtl.keep import settings
-from rtl.report import NAMES, columns, group_rows, read_results, remarks, row_name, took, words
+from rtl.report import NAMES, columns, group_rows, of_one_sparsity, read_results, remarks, row_name, took, words
 from rtl.run import write_atomically
 from rtl.svg import Mark, Series, dot_chart, figure, halves, line_chart, percent, stacked, table, tree
 
@@ -222,7 +222,7 @@ def _curves(run: RunView) -> str:
         if key == "similarity":
             continue
         found = _by_method(rows, key)
-        if len({round(r["sparsity"], 9) for r in rows if r["method"] != "dense"}) == 1 < len(found):
+        if of_one_sparsity(rows):
             dots = [Series(name, points, _LIKE[method]) for (method, name), points in found.items()]
             charts.append(dot_chart(words(key), dots))
             continue

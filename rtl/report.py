@@ -224,6 +224,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 FIGURE = re.compile(r"metric|similarity|alignment|(similarity-by-depth|psnr|example)-.*")  # names of those below
 
 
+def of_one_sparsity(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether all rows but those of dense networks are: there is nothing to draw against sparsity."""
+    return len({round(row["sparsity"], 9) for row in rows if row["method"] != "dense"}) == 1
+
+
 def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping[str, Any]) -> set[str]:
     """Write figures/*.png, table.md, details.json and, last, table.json of a run to a folder, each whole or not at all.
 
@@ -246,8 +251,8 @@ def write_results(folder: str | Path, table: Mapping[str, Any], details: Mapping
 
     had = {key for row in table["rows"] for key in row["metrics"]}
     shown = {key: WORDS[key] for key in CURVES if key in had}
-    one_sparsity = len({row["sparsity"] for row in table["rows"] if row["method"] != "dense"}) == 1
-    draw("metric", (plots.metric_by_row if one_sparsity else plots.metric_against_sparsity)(table["rows"], shown))
+    metric = plots.metric_by_row if of_one_sparsity(table["rows"]) else plots.metric_against_sparsity
+    draw("metric", metric(table["rows"], shown))
     if "curve" in details:
         curve, found = Curve.from_json(details["curve"]), [Alarm(**alarm) for alarm in details["alarms"]]
         draw("similarity", plots.similarity_against_sparsity(curve, found))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rtl import plots
 from rtl.collapse import Alarm
 from rtl.curve import Curve
 from rtl.diagnose import Similarity
@@ -280,6 +281,19 @@ def test_results_are_written_and_read_back_unchanged(tmp_path, table, details):
     assert again == (table, details)
     assert (tmp_path / "new" / "folder" / "table.md").read_text() == markdown(summary(table["rows"]))
     assert "dög" in (tmp_path / "new" / "folder" / "details.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "drawn"), [((0.5, 0.1 + 0.2, 0.3), "metric_against_sparsity"), ((0.3, 0.1 + 0.2), "metric_by_row")]
+)
+def test_a_metric_is_drawn_against_sparsity_where_there_are_several(tmp_path, monkeypatch, sparsities, drawn):
+    called = []
+    for name in ("metric_against_sparsity", "metric_by_row"):
+        draw = getattr(plots, name)
+        monkeypatch.setattr(plots, name, lambda *args, name=name, draw=draw: called.append(name) or draw(*args))
+    rows = [row(sparsity=s, seed=seed) for seed, s in enumerate(sparsities)] + [row("dense", 0.0)]
+    write_results(tmp_path, {"recipe": "r", "command": "c", "environment": environment(), "rows": rows}, {})
+    assert called == [drawn]
 
 
 def test_a_run_made_before_curves_were_kept_gets_that_of_its_tickets(tmp_path):

@@ -1,15 +1,20 @@
 """Speed on a GPU, for whoever has one: `make bench-gpu`, or `python -m benchmarks.gpu_bench`.
 
 Each layer of the static report and the roofline, and a few of few rows a mask: every GPU backend that takes the call,
-and its peers, timed by CUDA events with a cold L2 cache, medians of 30.
+and its peers, timed by CUDA events with a cold L2 cache, medians of 30. Where each mask's samples are is known
+beforehand, to all alike.
 
-    dense       F.linear / F.conv2d with the shared weight, no masks: cuBLAS and cuDNN
-    loop        each mask's samples through F.linear / F.conv2d with its masked weight, put back in their places
-    grouped_mm  torch's grouped product over K masked weights made beforehand (linear, bfloat16, sizes divisible by 8:
-                what it takes)
+    dense        F.linear / F.conv2d with the shared weight, no masks: cuBLAS and cuDNN
+    loop         each mask's samples through F.linear / F.conv2d with its masked weight, put back in their places
+    loop_cached  the same over K masked weights made beforehand, which training cannot
+    grouped_mm   torch's grouped product over K masked weights made beforehand (linear, bfloat16, sizes divisible by 8:
+                 what it takes)
+
+`launch` is how a call reaches the GPU. eager: from Python, as in a loop of one's own; the time of short kernels is
+mostly the host's. graph: captured in a CUDA graph and replayed, which leaves the kernels' own time.
 
 Before it is timed, a contender's output is compared with float64: `error` is its largest error over the largest output,
-and one above the bound of its dtype ends the run. (`python -m pytest -m gpu` is the thorough check of the numbers.)
+and one above the bound of its arithmetic ends the run. (`python -m pytest -m gpu` checks the numbers thoroughly.)
 
 The report is written after every layer; started again, it goes on where it was.
 """
@@ -22,8 +27,11 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +42,25 @@ from torch import Tensor
 import rtl_kernels as rk
 from benchmarks.gpu_roofline import FEW
 from rtl_kernels import functional
-from rtl_kernels.backends.triton_kernels.cases import LAYERS, VARIANTS, Layer
+from rtl_kernels.backends.triton_kernels.cases import ARITHMETIC, LAYERS, VARIANTS, Layer
 from rtl_kernels.backends.triton_kernels.tune import device_times
 
 RESULTS = Path(__file__).parent / "results" / "gpu_measured.json"
 
 CASES = (*LAYERS, *FEW, *(layer for layer in VARIANTS if not layer.every and not layer.untied))
 SPARSITIES = (0.5, 0.9)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MODES = ("forward", "train")
+LAUNCHES = ("graph", "eager")
+BEFOREHAND = ("loop_cached", "grouped_mm")  # what a training step cannot have
 # The largest error over the largest output: sums of thousands of rounded terms, in any order.
-BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
+BOUNDS = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-4, "tf32": 4e-3}
 
 _EXAMPLE = """example:
   $ python -m benchmarks.gpu_bench --only "linear 2048"
   ...
   written to benchmarks/results/gpu_measured.json and gpu_measured.md"""
 
-Timer = Callable[[Callable[[], object]], Sequence[float]]
+Timer = Callable[..., Sequence[float]]  # of tune.device_times's arguments
 
 
 class Problem:
@@ -69,6 +78,7 @@ class Problem:
         # As many samples for each mask as the layer's name says, in disorder.
         self.index = (torch.arange(layer.batch) % layer.masks)[torch.randperm(layer.batch, generator=g)].to(device)
         self.bank, self.route = rk.MaskBank.from_dense(self.masks), rk.Route.build(self.index, layer.masks)
+        self.parts = [(self.index == k).nonzero()[:, 0] for k in range(layer.masks)]
         self.options: dict[str, Any] = {}
         if layer.size:
             self.options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
@@ -80,24 +90,24 @@ class Problem:
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, **self.options) if self.layer.size else F.linear(x, weight)
 
-    def loop(self, x: Tensor, weight: Tensor) -> Tensor:
-        parts = [(self.index == k).nonzero()[:, 0] for k in range(self.layer.masks)]
-        results = [self.dense(x[rows], weight * mask) for rows, mask in zip(parts, self.masks, strict=True)]
-        return torch.empty_like(torch.cat(results)).index_copy(0, torch.cat(parts), torch.cat(results))
+    def loop(self, x: Tensor, weights: Iterable[Tensor]) -> Tensor:
+        results = torch.cat([self.dense(x[rows], weight) for rows, weight in zip(self.parts, weights, strict=True)])
+        return torch.empty_like(results).index_copy(0, torch.cat(self.parts), results)
 
     def exact(self) -> Tensor:
-        return self.loop(self.x.double(), self.weight.double())
+        return self.loop(self.x.double(), self.weight.double() * self.masks)
 
 
 def contenders(problem: Problem) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
     """(name, f(x, weight) -> y) of everything that can run here; all but `dense` compute the same."""
     yield "dense", problem.dense
-    yield "loop", problem.loop
-    sizes = problem.weight.shape
+    yield "loop", lambda x, weight: problem.loop(x, (weight * mask for mask in problem.masks))
+    sizes, every = problem.weight.shape, problem.weight * problem.masks
+    yield "loop_cached", lambda x, weight: problem.loop(x, every)
     if len(sizes) == 2 and problem.x.dtype == torch.bfloat16 and not any(size % 8 for size in sizes):
         order = problem.index.argsort(stable=True)
         ends = torch.bincount(problem.index, minlength=problem.layer.masks).cumsum(0).to(torch.int32)
-        masked = (problem.weight * problem.masks).transpose(1, 2)
+        masked = every.transpose(1, 2)
 
         def grouped(x: Tensor, weight: Tensor) -> Tensor:
             y = F.grouped_mm(x[order], masked, offs=ends)
@@ -122,45 +132,67 @@ def step(run: Callable[[Tensor, Tensor], Tensor], problem: Problem, mode: str) -
     return lambda: torch.autograd.grad(run(x, weight), (x, weight), dy)
 
 
-def measure(layer: Layer, dtype: torch.dtype, sparsity: float, device: str, timer: Timer) -> list[dict[str, Any]]:
+def set_arithmetic(name: str) -> torch.dtype:
+    """Whether float32 is rounded to TF32, in products and convolutions alike; the dtype to compute in."""
+    dtype, tf32 = ARITHMETIC[name]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    return dtype
+
+
+def measure(layer: Layer, arithmetic: str, sparsity: float, device: str, timer: Timer) -> list[dict[str, Any]]:
     """Rows of the report: every contender and mode of one layer.
 
     Raises:
         RuntimeError: a contender's output is wrong.
     """
-    problem = Problem(layer, dtype, sparsity, device)
+    problem = Problem(layer, set_arithmetic(arithmetic), sparsity, device)
     exact = problem.exact()
     rows: list[dict[str, Any]] = []
     for name, run in contenders(problem):
         error = None
         if name != "dense":
             error = float((run(problem.x, problem.weight).double() - exact).abs().max() / exact.abs().max())
-            if not error <= BOUNDS[dtype]:
+            if not error <= BOUNDS[arithmetic]:
                 raise RuntimeError(
-                    f"{name} is off by {error:.3g} of the largest output on {layer.name}, {dtype}, sparsity "
-                    f"{sparsity}; {BOUNDS[dtype]} is allowed"
+                    f"{name} is off by {error:.3g} of the largest output on {layer.name}, {arithmetic}, sparsity "
+                    f"{sparsity}; {BOUNDS[arithmetic]} is allowed"
                 )
         for mode in MODES:
-            if name == "grouped_mm" and mode == "train":
-                continue  # its masked weights are made beforehand, which training cannot
-            times = sorted(timer(step(run, problem, mode)))
-            rows.append(
-                {
-                    "layer": layer.name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "sparsity": sparsity,
-                    "mode": mode,
-                    "contender": name,
-                    "microseconds": round(statistics.median(times), 2),
-                    "p10": round(times[len(times) // 10], 2),
-                    "p90": round(times[len(times) * 9 // 10], 2),
-                    "error": error,
-                }
-            )
-    dense = {row["mode"]: row["microseconds"] for row in rows if row["contender"] == "dense"}
+            if name in BEFOREHAND and mode == "train":
+                continue
+            for launch in LAUNCHES:
+                times = sorted(timer(step(run, problem, mode), graph=launch == "graph"))
+                rows.append(
+                    {
+                        "layer": layer.name,
+                        "arithmetic": arithmetic,
+                        "sparsity": sparsity,
+                        "mode": mode,
+                        "launch": launch,
+                        "contender": name,
+                        "microseconds": round(statistics.median(times), 2),
+                        "p10": round(times[len(times) // 10], 2),
+                        "p90": round(times[len(times) * 9 // 10], 2),
+                        "error": error,
+                    }
+                )
+    dense = {(row["mode"], row["launch"]): row["microseconds"] for row in rows if row["contender"] == "dense"}
     for row in rows:
-        row["ratio_to_dense"] = round(row["microseconds"] / dense[row["mode"]], 3)
+        row["ratio_to_dense"] = round(row["microseconds"] / dense[row["mode"], row["launch"]], 3)
     return rows
+
+
+def peaks() -> dict[str, float]:
+    """What the GPU at hand reaches: a copy of 2 GiB (bytes read and written) and products of 8192×8192 matrices."""
+    source = torch.empty(2**29, dtype=torch.int32, device="cuda").random_()
+    time = statistics.median(device_times(partial(torch.empty_like(source).copy_, source), 10))
+    found = {"copy GB/s": 2 * 2**31 / time / 1e3}
+    for arithmetic in ARITHMETIC:
+        dtype = set_arithmetic(arithmetic)
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+        time = statistics.median(device_times(partial(torch.mm, a, b), 10))
+        found[f"{arithmetic} TFLOP/s"] = 2 * 8192**3 / time / 1e6
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -170,26 +202,38 @@ def environment(device: str) -> dict[str, Any]:
         "capability": list(torch.cuda.get_device_capability()) if cuda else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": metadata.version("triton") if cuda and find_spec("triton") else None,
         "backends": {name: getattr(module, "unavailable", None) for name, module in functional.BACKENDS.items()},
     }
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """Markdown: what dense takes, and every contender's time as a ratio to it."""
+    names = list(dict.fromkeys(row["contender"] for row in report["rows"] if row["contender"] != "dense"))
+    yield f"Measured on {report['environment']['device']}, {report['date']}; medians, ratios are of dense's time."
+    for launch in LAUNCHES:
+        columns = ["layer", "arithmetic", "sparsity", "mode"]
+        times: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+        for row in report["rows"]:
+            if row["launch"] == launch:
+                times.setdefault(tuple(row[name] for name in columns), {})[row["contender"]] = row
+        yield f"\n## Launch: {launch}\n"
+        yield "| " + " | ".join([*columns, "dense µs", *names]) + " |"
+        yield "|" + " --- |" * len(columns) + " ---: |" * (1 + len(names))
+        for key, by in times.items():
+            ratios = [f"{by[name]['ratio_to_dense']:.2f}" if name in by else "–" for name in names]
+            yield "| " + " | ".join([*map(str, key), str(by["dense"]["microseconds"]), *ratios]) + " |"
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
     """The report as JSON and as a table beside it, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"Measured on {report['environment']['device']}, {report['date']}; µs are medians.", ""]
-    names = ["layer", "dtype", "sparsity", "mode", "contender", "microseconds", "p10", "p90", "ratio_to_dense", "error"]
-    lines += ["| " + " | ".join(names) + " |", "|" + " --- |" * 5 + " ---: |" * 5]
-    for row in report["rows"]:
-        lines.append("| " + " | ".join("–" if row[name] is None else f"{row[name]}" for name in names) + " |")
-    for target, text in (
-        (path, json.dumps(report, indent=1, ensure_ascii=False)),
-        (path.with_suffix(".md"), "\n".join(lines)),
-    ):
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    for target, content in ((path, text), (path.with_suffix(".md"), "\n".join(table(report)))):
         partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
             with partial.open("w") as file:
-                file.write(text + "\n")
+                file.write(content + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, target)
@@ -200,7 +244,7 @@ def write(path: Path, report: dict[str, Any]) -> None:
 def collect(
     out: Path,
     cases: Sequence[Layer],
-    dtypes: Sequence[torch.dtype],
+    arithmetics: Sequence[str],
     sparsities: Sequence[float],
     device: str,
     timer: Timer,
@@ -213,22 +257,22 @@ def collect(
     if report.get("environment") != here:
         command = " ".join(["python -m benchmarks.gpu_bench", *sys.argv[1:]])
         report = {"command": command, "environment": here, "rows": []}
+    if device == "cuda" and "peaks" not in report:
+        report["peaks"] = peaks()
     report["date"] = datetime.now(timezone.utc).date().isoformat()
-    done = {(row["layer"], row["dtype"], row["sparsity"]) for row in report["rows"]}
+    done = {(row["layer"], row["arithmetic"], row["sparsity"]) for row in report["rows"]}
     for layer in cases:
-        for dtype in dtypes:
+        for arithmetic in arithmetics:
             for sparsity in sparsities:
-                if (layer.name, str(dtype).removeprefix("torch."), sparsity) in done:
+                if (layer.name, arithmetic, sparsity) in done:
                     continue
-                rows = measure(layer, dtype, sparsity, device, timer)
+                rows = measure(layer, arithmetic, sparsity, device, timer)
                 report["rows"] += rows
                 write(out, report)
                 for row in rows:
-                    print(
-                        f"{row['layer']:27} {row['dtype']:8} {row['sparsity']:4} {row['mode']:7} {row['contender']:10} "
-                        f"{row['microseconds']:10.2f} µs {row['ratio_to_dense']:7.2f} of dense",
-                        flush=True,
-                    )
+                    names = f"{row['layer']:27} {arithmetic:8} {sparsity:4} {row['mode']:7} {row['launch']:5}"
+                    time = f"{row['microseconds']:10.2f} µs {row['ratio_to_dense']:7.2f} of dense"
+                    print(f"{names} {row['contender']:11} {time}", flush=True)
     return report
 
 
@@ -246,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no CUDA device: nothing was measured (torch.cuda.is_available() is false)", file=sys.stderr)
         return 2
     cases = [layer for layer in CASES if options.only in layer.name]
-    collect(options.out, cases, DTYPES, SPARSITIES, "cuda", device_times)
+    collect(options.out, cases, list(ARITHMETIC), SPARSITIES, "cuda", device_times)
     print(f"written to {options.out} and {options.out.with_suffix('.md').name}")
     return 0
 

@@ -7,6 +7,9 @@ import torch
 
 from rtl_kernels import functional
 
+# cuDNN rounds float32 to TF32 unless told not to: the dense computation that a kernel is judged by has to be exact.
+torch.backends.cudnn.allow_tf32 = False
+
 
 def pytest_collection_modifyitems(items):
     """A test of a backend that names no device runs on the CPU, which is not every backend's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ class Timer:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, call) -> list[float]:
+    def __call__(self, call, graph) -> list[float]:
         call()
         self.calls += 1
         return [float(self.calls)] * 10
@@ -37,49 +38,53 @@ class Timer:
 
 def test_every_contender_is_checked_timed_and_reported(tmp_path):
     out, timer = tmp_path / "deep" / "measured.json", Timer()
-    report = gpu_bench.collect(out, SMALL, [torch.float32], [0.5], "cpu", timer)
+    report = gpu_bench.collect(out, SMALL, ["float32"], [0.5], "cpu", timer)
     assert json.loads(out.read_text()) == report
     rows = report["rows"]
     assert {row["layer"] for row in rows} == {"linear", "conv", "depthwise"}
-    assert {"dense", "loop"} <= {row["contender"] for row in rows}
+    assert {"dense", "loop", "loop_cached"} <= {row["contender"] for row in rows}
     assert {row["mode"] for row in rows} == {"forward", "train"}
+    assert {row["launch"] for row in rows} == {"graph", "eager"}
+    assert all(row["mode"] == "forward" for row in rows if row["contender"] == "loop_cached")
     assert timer.calls == len(rows)
     first = [row for row in rows if row["layer"] == "linear"]
     assert [row["microseconds"] for row in first] == list(range(1, len(first) + 1))
-    assert [(row["contender"], row["ratio_to_dense"]) for row in first[:4]] == [
-        ("dense", 1.0),
-        ("dense", 1.0),
+    assert [(row["contender"], row["ratio_to_dense"]) for row in first[:8]] == [
+        *[("dense", 1.0)] * 4,
+        ("loop", 5.0),  # graph, forward: 5 after 1
         ("loop", 3.0),
+        ("loop", 2.333),
         ("loop", 2.0),
     ]
     assert all((row["error"] is None) == (row["contender"] == "dense") for row in rows)
     assert all(row["error"] is None or row["error"] < 1e-5 for row in rows)
     table = out.with_suffix(".md").read_text()
-    assert table.count("\n| linear | float32 | 0.5 |") == len(first)
+    assert table.count("\n| linear | float32 | 0.5 |") == 4
+    assert "| linear | float32 | 0.5 | forward | 1.0 | 5.00 | 9.00 |" in table
     assert sorted(p.name for p in out.parent.iterdir()) == ["measured.json", "measured.md"]
 
 
 def test_the_grouped_product_is_a_contender_in_bfloat16(tmp_path):
     layer = Layer("linear", 16, 8, 12, masks=3)
-    report = gpu_bench.collect(tmp_path / "measured.json", [layer], [torch.bfloat16], [0.5], "cpu", Timer())
-    (row,) = [row for row in report["rows"] if row["contender"] == "grouped_mm"]
-    assert row["mode"] == "forward"
-    assert 0 < row["error"] < 3e-2
+    report = gpu_bench.collect(tmp_path / "measured.json", [layer], ["bfloat16"], [0.5], "cpu", Timer())
+    rows = [row for row in report["rows"] if row["contender"] == "grouped_mm"]
+    assert [row["mode"] for row in rows] == ["forward"] * 2
+    assert all(0 < row["error"] < 3e-2 for row in rows)
 
 
 def test_it_goes_on_where_it_was(tmp_path):
     out = tmp_path / "measured.json"
 
-    def interrupted(call) -> list[float]:
+    def interrupted(call, graph) -> list[float]:
         if out.exists():
             raise KeyboardInterrupt
         return [1.0]
 
     with pytest.raises(KeyboardInterrupt):
-        gpu_bench.collect(out, SMALL, [torch.float32], [0.5], "cpu", interrupted)
+        gpu_bench.collect(out, SMALL, ["float32"], [0.5], "cpu", interrupted)
     assert {row["layer"] for row in json.loads(out.read_text())["rows"]} == {"linear"}
     timer = Timer()
-    report = gpu_bench.collect(out, SMALL, [torch.float32], [0.5], "cpu", timer)
+    report = gpu_bench.collect(out, SMALL, ["float32"], [0.5], "cpu", timer)
     assert {row["layer"] for row in report["rows"]} == {"linear", "conv", "depthwise"}
     assert timer.calls == sum(row["layer"] != "linear" for row in report["rows"])
 
@@ -87,7 +92,7 @@ def test_it_goes_on_where_it_was(tmp_path):
 def test_a_report_of_another_machine_is_begun_anew(tmp_path):
     out = tmp_path / "measured.json"
     out.write_text(json.dumps({"environment": {"device": "another"}, "rows": [{"layer": "linear"}]}))
-    report = gpu_bench.collect(out, SMALL[:1], [torch.float32], [0.5], "cpu", Timer())
+    report = gpu_bench.collect(out, SMALL[:1], ["float32"], [0.5], "cpu", Timer())
     assert all("microseconds" in row for row in report["rows"])
 
 
@@ -97,7 +102,7 @@ def test_a_wrong_contender_ends_the_run(tmp_path, monkeypatch):
         gpu_bench, "contenders", lambda problem: [*right(problem), ("wrong", lambda x, w: problem.dense(x, w))]
     )
     with pytest.raises(RuntimeError, match=r"wrong is off by .* on linear"):
-        gpu_bench.collect(tmp_path / "measured.json", SMALL, [torch.float32], [0.5], "cpu", Timer())
+        gpu_bench.collect(tmp_path / "measured.json", SMALL, ["float32"], [0.5], "cpu", Timer())
 
 
 def test_the_cases_hold_few_and_many_rows_a_mask():
@@ -117,6 +122,6 @@ def test_without_a_gpu_it_says_so():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_it_measures_a_gpu(tmp_path):
     report = gpu_bench.collect(
-        tmp_path / "measured.json", SMALL, [torch.float16], [0.5], "cuda", lambda call: gpu_bench.device_times(call, 3)
+        tmp_path / "measured.json", SMALL, ["float16"], [0.5], "cuda", partial(gpu_bench.device_times, repeats=3)
     )
     assert all(row["microseconds"] > 0 for row in report["rows"])

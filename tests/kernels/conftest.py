@@ -22,3 +22,12 @@ def pytest_collection_modifyitems(items):
         reason = refused.get(parameters.params.get("backend"))
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=f"{parameters.params['backend']}: {reason}"))
+
+
+@pytest.fixture(autouse=True)
+def repeatable_reference(request, monkeypatch):
+    """On a GPU the reference runs PyTorch's convolutions, and cuDNN's float64 ones change bits from call to call. What
+    the reference itself does is judged with the others, which are slow and repeat."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and {"cuda", "reference"} <= {str(value) for value in parameters.params.values()}:
+        monkeypatch.setattr(torch.backends.cudnn, "enabled", False)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,20 +75,24 @@ class Report:
     sass: str
 
 
-def specialise(launch: Launch, names: list[str]) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """(signature, constants, attributes) of `launch` for a kernel whose parameters are `names`."""
+def specialise(
+    launch: Launch, names: list[str], general: Collection[str] = ()
+) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """(signature, constants, attributes) of `launch` for a kernel whose parameters are `names`; of the `general` ones
+    nothing is known beforehand."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
     for i, name in enumerate(names):
         value = launch.constants[name] if name in launch.constants else launch.arguments[name]
-        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
+        known = name not in general
+        if name in launch.constants or value is None or (isinstance(value, int) and value == 1 and known):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], attributes[(i,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and known:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -101,7 +106,8 @@ def compile_launch(launch: Launch, architecture: int, kernels: Any = None) -> Re
     if kernels is None:
         from . import kernels
     function = getattr(kernels, launch.kernel)
-    signature, constants, attributes = specialise(launch, function.arg_names)
+    general = [parameter.name for parameter in function.params if parameter.do_not_specialize]
+    signature, constants, attributes = specialise(launch, function.arg_names, general)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

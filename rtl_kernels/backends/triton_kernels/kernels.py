@@ -233,12 +233,12 @@ def correlate(
 def _first_tap(at, dilation, stride, K: tl.constexpr, STEP: tl.constexpr):
     """(first, count) of the taps t, STEP apart, with at − t·dilation a multiple of stride."""
     first = K
-    for t in range(0, STEP):
+    for t in tl.static_range(0, min(STEP, K)):  # unrolled: Triton 3.6 fails to compile it otherwise
         first = tl.where(((at - t * dilation) % stride == 0) & (t < first), t, first)
     return first, (K - first + STEP - 1) // STEP
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_words"])  # Triton 3.6 fails to compile it for TF32 where it is the constant 1
 def adjoint(
     x,
     weight,

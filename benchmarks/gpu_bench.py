@@ -255,8 +255,7 @@ def collect(
     if out.exists():
         report = json.loads(out.read_text())
     if report.get("environment") != here:
-        command = " ".join(["python -m benchmarks.gpu_bench", *sys.argv[1:]])
-        report = {"command": command, "environment": here, "rows": []}
+        report = {"command": "python -m benchmarks.gpu_bench", "environment": here, "rows": []}
     if device == "cuda" and "peaks" not in report:
         report["peaks"] = peaks()
     report["date"] = datetime.now(timezone.utc).date().isoformat()

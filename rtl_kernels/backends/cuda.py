@@ -9,8 +9,9 @@ What runs where, for forward, dX, dW and db alike, in float32 (exact unless TF32
   output channel a group, which is the same with its roles exchanged: kernels of their own.
 * All other convolutions are refused: Triton runs them, as implicit matrix products.
 
-No host synchronisation, no atomics; every launch can be captured in a CUDA graph. Verified by compilation, and by
-running the same sources on the CPU by an emulator (tests/simt), through these operators too; not run on hardware.
+No host synchronisation, no atomics; every launch can be captured in a CUDA graph. Tested on an H200; for other GPUs
+verified by compilation, and by running the same sources on the CPU by an emulator (tests/simt), through these operators
+too.
 
 A row without a mask (−1) that meets untied weights cannot be refused without synchronising: it gives NaN.
 """

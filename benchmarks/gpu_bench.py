@@ -43,7 +43,7 @@ import rtl_kernels as rk
 from benchmarks.gpu_roofline import FEW
 from rtl_kernels import functional
 from rtl_kernels.backends.triton_kernels.cases import ARITHMETIC, LAYERS, VARIANTS, Layer
-from rtl_kernels.backends.triton_kernels.tune import device_times
+from rtl_kernels.backends.triton_kernels.tune import device_times, path_for
 
 RESULTS = Path(__file__).parent / "results" / "gpu_measured.json"
 
@@ -203,6 +203,7 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": metadata.version("triton") if cuda and find_spec("triton") else None,
+        "tiles": ("tuned" if path_for(torch.cuda.get_device_name()).exists() else "table") if cuda else None,
         "backends": {name: getattr(module, "unavailable", None) for name, module in functional.BACKENDS.items()},
     }
 

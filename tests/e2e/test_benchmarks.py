@@ -53,6 +53,17 @@ def test_contender_is_right_or_says_why_not(case, name, training):
         runs[name]()
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_code_of_torch_compile_that_fails_is_no_contender_and_is_said(monkeypatch):
+    def made(*args):
+        raise AssertionError("expected size 3==3, stride 9==1\nmore")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: made)
+    runs, skipped = contenders.build(contenders.Problem(TINY[1], 0.5, True), ["dense", COMPILED])
+    assert list(runs) == ["dense"]
+    assert skipped == {COMPILED: "torch.compile's code fails: expected size 3==3, stride 9==1"}
+
+
 @pytest.mark.parametrize("computes", ["masked", "untied", "dense"])
 @pytest.mark.parametrize("training", [False, True])
 def test_wrong_contender_is_found(computes, training):

@@ -29,10 +29,12 @@ class Timer:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.launches: list[str] = []
 
     def __call__(self, call, graph) -> list[float]:
         call()
         self.calls += 1
+        self.launches.append("graph" if graph else "eager")
         return [float(self.calls)] * 10
 
 
@@ -45,6 +47,7 @@ def test_every_contender_is_checked_timed_and_reported(tmp_path):
     assert {"dense", "loop", "loop_cached"} <= {row["contender"] for row in rows}
     assert {row["mode"] for row in rows} == {"forward", "train"}
     assert {row["launch"] for row in rows} == {"graph", "eager"}
+    assert [row["launch"] for row in rows] == timer.launches
     assert all(row["mode"] == "forward" for row in rows if row["contender"] == "loop_cached")
     assert timer.calls == len(rows)
     first = [row for row in rows if row["layer"] == "linear"]
@@ -103,6 +106,15 @@ def test_a_wrong_contender_ends_the_run(tmp_path, monkeypatch):
     )
     with pytest.raises(RuntimeError, match=r"wrong is off by .* on linear"):
         gpu_bench.collect(tmp_path / "measured.json", SMALL, ["float32"], [0.5], "cpu", Timer())
+
+
+def test_tf32_is_what_its_name_says():
+    try:
+        for name, rounded in (("tf32", True), ("float32", False)):
+            assert gpu_bench.set_arithmetic(name) == torch.float32
+            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == rounded
+    finally:
+        gpu_bench.set_arithmetic("float32")
 
 
 def test_the_cases_hold_few_and_many_rows_a_mask():

@@ -130,6 +130,10 @@ def test_launches_are_specialised_as_triton_does():
     assert list(signature.values()) == ["*fp16", "constexpr", "i32", "i32", "i64", "constexpr", "constexpr"]
     assert constants == {(1,): 1, (5,): None, (6,): True}
     assert set(attributes) == {(0,), (2,), (4,)}
+    signature, constants, attributes = ahead.specialise(step, list("abcdefG"), ["b", "c"])
+    assert [signature[name] for name in "bc"] == ["i32", "i32"]
+    assert set(constants) == {(5,), (6,)}
+    assert set(attributes) == {(0,), (4,)}
 
 
 @needs_triton

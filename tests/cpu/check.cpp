@@ -2,6 +2,7 @@
 //
 //   check --levels                   the instruction sets this CPU can run (RTL_KERNELS_CPU_LEVEL chooses one)
 //   check [--random N] [--seed S] [--only TEXT] [--plant BUG] [--verbose]      named cases, then N random ones
+//   check --part I N [...]           every Nth of these from the Ith, counted from 0
 //   check --far [...]                the same operators on tensors of more than 2^31 elements, of which few exist
 //
 // Every tensor ends where its buffer ends: an unmapped page follows, or AddressSanitizer watches. Results are preset to
@@ -769,7 +770,7 @@ bool passes(const Case& c, uint32_t seed, bool far) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  int drawn_cases = 0;
+  int drawn_cases = 0, part = 0, parts = 1;
   uint32_t seed = 0;
   bool far = false, verbose = false;
   std::string only;
@@ -787,6 +788,8 @@ int main(int count, char** arguments) {
       drawn_cases = std::stoi(value), ++i;
     } else if (option == "--seed") {
       seed = uint32_t(std::stoul(value)), ++i;
+    } else if (option == "--part" && i + 2 < count) {
+      part = std::stoi(value), parts = std::max(1, std::stoi(arguments[i + 2])), i += 2;
     } else if (option == "--only") {
       only = value, ++i;
     } else if (option == "--plant") {
@@ -804,16 +807,19 @@ int main(int count, char** arguments) {
   std::vector<Case> cases = far ? far_named() : named();
   std::mt19937 random(seed);
   for (int i = 0; i < drawn_cases; ++i) cases.push_back(drawn(random, i));
-  int failed = 0, run = 0;
+  int failed = 0, run = 0, found = 0;
+  const auto chosen = [&](const std::string& name) {
+    return name.find(only) != std::string::npos && found++ % parts == part;
+  };
   for (const Case& c : cases) {
-    if (c.name.find(only) == std::string::npos) continue;
+    if (!chosen(c.name)) continue;
     if (verbose) std::fprintf(stderr, "%s\n", described(c).c_str());
     ++run;
     failed += !passes<float>(c, seed, far) || !passes<double>(c, seed, far);
   }
-  if (!far && std::string("batch norm").find(only) != std::string::npos) ++run, failed += failed_norms(seed);
+  if (!far && chosen("batch norm")) ++run, failed += failed_norms(seed);
   std::printf("%s: %d cases, %lld values compared, %d failed\n", level().name, run, static_cast<long long>(compared),
               failed);
-  if (run == 0) std::fprintf(stderr, "no case is called '%s'\n", only.c_str());
-  return failed || run == 0;
+  if (found == 0) std::fprintf(stderr, "no case is called '%s'\n", only.c_str());
+  return failed || found == 0;
 }

@@ -486,7 +486,6 @@ class Runner {
           taps_.push_back(int64_t(values_.size()));
         }
       }
-      if (!packer_) packer_ = std::make_unique<Packer<T>>(plan_, 1);
       const Phase& phase = plan_.phases[0];
       const int64_t begin = std::max(unit.strip.first, phase.begin[0]);
       const int64_t end = std::min(unit.strip.first + unit.strip.height, phase.end[0]);
@@ -498,18 +497,32 @@ class Runner {
       m.width = phase.end[1] - phase.begin[1];
       m.relu = after.relu;
       m.stream = job_.stream_ && m.y_row % k_.lanes == 0 && m.width == m.y_row;
-      for (int64_t g = 0; g < plan_.groups; ++g) {
-        const T* plane = job_.input(unit.start) + g * job_.in_;
-        m.x = packer_->pack(unit.strip, &plane, 1) + (begin - unit.strip.first) * m.x_row + phase.begin[1];
-        m.weights = values_.data() + taps_[g];
-        m.at = at_.data() + taps_[g];
-        m.taps = taps_[g + 1] - taps_[g];
-        m.bias = after.bias ? after.bias[g] : T(0);
-        m.y = job_.output(unit.start) + g * job_.out_ + (begin + phase.shift[0]) * m.y_row + phase.begin[1] +
-              phase.shift[1];
-        k_.filter(m);
-      }
+      const int64_t channel = unit.strip.channel(plan_), out = job_.out_;
+      const T* const x = job_.input(unit.start);
+      T* const y = job_.output(unit.start) + (begin + phase.shift[0]) * m.y_row + phase.begin[1] + phase.shift[1];
+      each_packer([&](Packer<T>& packer, int64_t g0, int64_t groups) {
+        const T* planes = x + g0 * job_.in_;
+        m.x = packer.pack(unit.strip, &planes, 1) + (begin - unit.strip.first) * m.x_row + phase.begin[1];
+        for (int64_t g = g0; g < g0 + groups; ++g, m.x += channel) {
+          m.weights = values_.data() + taps_[g];
+          m.at = at_.data() + taps_[g];
+          m.taps = taps_[g + 1] - taps_[g];
+          m.bias = after.bias ? after.bias[g] : T(0);
+          m.y = y + g * out;
+          k_.filter(m);
+        }
+      });
       add_residual(unit);
+    }
+
+    // body(packer, g0, groups) for all groups of the layer, as many at a time as the packer takes.
+    template <class Body>
+    void each_packer(const Body& body) {
+      if (!packer_) packer_ = std::make_unique<Packer<T>>(plan_, together_ * plan_.channels);
+      int64_t g = 0;
+      for (; g + together_ <= plan_.groups; g += together_) body(*packer_, g, together_);
+      if (g < plan_.groups && !single_) single_ = std::make_unique<Packer<T>>(plan_, plan_.channels);
+      for (; g < plan_.groups; ++g) body(*single_, g, 1);
     }
 
     // To what a strip's places became: whole rows of pixels, of all phases together.
@@ -534,18 +547,8 @@ class Runner {
     void strip(const Unit& unit, const Segment& segment) {
       const Strip& strip = unit.strip;
       if (!plan_.pointwise()) prepare(strip);
-      if (!packer_) packer_ = std::make_unique<Packer<T>>(plan_, together_ * plan_.channels);
       from_.resize(unit.count);
-      for (int64_t g0 = 0; g0 < plan_.groups; g0 += together_) {
-        // The packer has room for `together_` groups; the last ones of x may be fewer, and are then taken one by one.
-        const int64_t groups = std::min(together_, plan_.groups - g0);
-        if (groups < together_) {
-          if (!single_) single_ = std::make_unique<Packer<T>>(plan_, plan_.channels);
-          for (int64_t g = g0; g < plan_.groups; ++g) run_groups(unit, segment, *single_, g, 1);
-          break;
-        }
-        run_groups(unit, segment, *packer_, g0, groups);
-      }
+      each_packer([&](Packer<T>& packer, int64_t g0, int64_t groups) { run_groups(unit, segment, packer, g0, groups); });
       add_residual(unit);
     }
 

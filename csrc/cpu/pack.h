@@ -251,6 +251,7 @@ class Packer {
     }
     // Pixels (h, w) with (h + top) mod sh = a and (w + left) mod sw = b fall into plane (a, b).
     const int64_t sh = plan_.plane_stride[0], sw = plan_.plane_stride[1], left = plan_.lead[1];
+    const int64_t channel = strip_.channel(plan_), sample = strip_.sample_plane(plan_);
     for (int64_t a = 0; a < sh; ++a) {
       const int64_t h = top + ((a - plan_.lead[0] - top) % sh + sh) % sh, row = (h + plan_.lead[0]) / sh - strip_.first;
       const int64_t height = (bottom - h + sh - 1) / sh;
@@ -263,7 +264,7 @@ class Packer {
         T* odd = plane[(left + 1) % 2] + (left + 1) / 2;
         for (int64_t c = 0; c < channels_; ++c)
           for (int64_t s = 0; s < count; ++s) {
-            const int64_t to = c * strip_.channel(plan_) + s * strip_.sample_plane(plan_);
+            const int64_t to = c * channel + s * sample;
             k_.split({rows[s] + c * image + h * width, sh * width, even + to, odd + to, across, height, width});
           }
         continue;
@@ -274,8 +275,8 @@ class Packer {
         T* to = x_ + (a * sw + b) * strip_.plane(plan_) + row * across + column;
         for (int64_t c = 0; c < channels_; ++c)
           for (int64_t s = 0; s < count; ++s)
-            k_.copy({rows[s] + c * image + h * width + w, sh * width, sw,
-                     to + c * strip_.channel(plan_) + s * strip_.sample_plane(plan_), across, 1, height, run});
+            k_.copy({rows[s] + c * image + h * width + w, sh * width, sw, to + c * channel + s * sample, across, 1, height,
+                     run});
       }
     }
   }

@@ -36,6 +36,7 @@ class Runner {
     stream_ = row * batch.offsets[batch.masks + 1] * batch.inner >= kStream && row % vector == 0 &&
               call.y_row * int64_t(sizeof(T)) % vector == 0 && !call.residual &&
               reinterpret_cast<uintptr_t>(call.y) % vector == 0;
+    far_ = plan.groups * plan.channels * in_ * batch.offsets[batch.masks + 1] * batch.inner * int64_t(sizeof(T)) >= kFar;
     for (int64_t g = 0; g <= batch.masks; ++g) {
       const int64_t start = batch.offsets[g] * batch.inner, stop = batch.offsets[g + 1] * batch.inner;
       if (stop == start) continue;
@@ -286,6 +287,7 @@ class Runner {
     parallel(chunks, [&](int64_t begin, int64_t end) {
       Scratch turned, results;
       std::vector<int64_t> place(rows);
+      std::vector<const T*> ahead;
       T* y = results.take<T>(rows * at.back() / std::max<int64_t>(1, channels));
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t row = chunk * rows, here = std::min(rows, plan_.rows - row);
@@ -306,7 +308,7 @@ class Runner {
             m.w = weight(segment, 0) + row * plan_.row_stride();
             m.w_stride = plan_.channel_stride();
             m.w_row = plan_.row_stride();
-            if (!call_.weight_stride) fetch_ahead(row, rows, chunk + 1 < end, step, most, int64_t(u), m);
+            if (!call_.weight_stride) fetch_ahead(row, rows, chunk + 1 < end, step, most, int64_t(u), ahead, m);
             if (plan_.scatter) {
               // Columns of the weight, a power of two apart as often as not, would fall on the same few lines of L2.
               const int64_t mask = call_.weight_stride ? segment.mask : -1;
@@ -342,7 +344,8 @@ class Runner {
 
   // The tile of the weight after this one, `unit`'s share of it, into L2 while this one is computed. In the kernels'
   // own order its lines would be waited for one by one.
-  void fetch_ahead(int64_t row, int64_t rows, bool more, int64_t step, int64_t steps, int64_t unit, Multiply<T>& m) const {
+  void fetch_ahead(int64_t row, int64_t rows, bool more, int64_t step, int64_t steps, int64_t unit,
+                   std::vector<const T*>& ahead, Multiply<T>& m) const {
     const int64_t units = int64_t(units_.size()), channels = plan_.channels;
     int64_t share = unit, shares = units, first = channels * (step + 1) / steps, last = channels * (step + 2) / steps;
     if (plan_.scatter) {
@@ -357,8 +360,11 @@ class Runner {
     }
     rows = std::min(rows, plan_.rows - row);
     const int64_t lines = plan_.scatter ? last - first : rows, length = plan_.scatter ? rows : last - first;
-    m.ahead = call_.weight + row * plan_.row_stride() + first * plan_.channel_stride();
-    m.ahead_row = plan_.scatter ? plan_.channel_stride() : plan_.row_stride();
+    const T* const weight = call_.weight + row * plan_.row_stride() + first * plan_.channel_stride();
+    const int64_t stride = plan_.scatter ? plan_.channel_stride() : plan_.row_stride();
+    ahead.clear();
+    for (int64_t l = 0; l < lines; ++l) ahead.push_back(weight + l * stride);
+    m.ahead = ahead.data();
     m.ahead_lines = (length * int64_t(sizeof(T)) + 63) / 64;
     m.ahead_from = lines * m.ahead_lines * share / shares;
     m.ahead_to = lines * m.ahead_lines * (share + 1) / shares;
@@ -391,6 +397,7 @@ class Runner {
       for (int64_t u = begin; u < end; ++u) {
         const Unit& unit = job_.units_[u];
         const Segment& segment = job_.segments_[unit.segment];
+        next_ = u + 1 < end && job_.far_ ? &job_.units_[u + 1] : nullptr;
         if (unit.path == Path::kInPlace)
           in_place(unit, segment);
         else if (unit.path == Path::kFlat)
@@ -422,6 +429,7 @@ class Runner {
         m.y_row = pixels;
         m.columns = pixels;
         m.stream = job_.stream_ && m.kept.tiles == 1;
+        if (g + 1 == plan_.groups) fetch_next(m);
         k_.multiply(m);
       }
       job_.add_residual(unit, 0, plan_.groups * plan_.rows, 0, job_.out_);
@@ -621,7 +629,19 @@ class Runner {
       m.y = y;
       m.y_row = y_row_;
       m.columns = plan_.linear() ? job_.granules(unit.count) : y_row_;
+      if (group + 1 == plan_.groups) fetch_next(m);
       k_.multiply(m);
+    }
+
+    // What the next unit reads, while this one is computed: its samples lie anywhere, and no hardware can tell where.
+    void fetch_next(Multiply<T>& m) {
+      if (!next_) return;
+      ahead_.clear();
+      for (int64_t s = 0; s < next_->count; ++s) ahead_.push_back(job_.input(next_->start + s));
+      m.ahead = ahead_.data();
+      m.ahead_lines = (plan_.groups * plan_.channels * job_.in_ * int64_t(sizeof(T)) + 63) / 64;
+      m.ahead_from = 0;
+      m.ahead_to = next_->count * m.ahead_lines;
     }
 
     void convolve(const Unit& unit, const Segment& segment, int64_t group, int64_t phase, const T* x, T* y) {
@@ -781,6 +801,8 @@ class Runner {
     std::vector<const T*> from_;
     Programs<T> programs_;  // of the last segment's mask, as are the kept taps
     int64_t last_ = -1;
+    const Unit* next_ = nullptr;  // after this one; null: none, or what it reads is in the caches
+    std::vector<const T*> ahead_;
     // How y is laid out: the pieces of every phase, and where what is unpacked lies.
     std::array<int64_t, 5> lanes_key_ = {-1, -1, -1, -1, -1};
     std::vector<std::vector<Piece>> pieces_;
@@ -798,10 +820,12 @@ class Runner {
   const Kernels<T>& k_;
   // Outputs of this many bytes are not in the caches when they are read next.
   static constexpr int64_t kStream = int64_t(16) << 20;
+  // Inputs of this many lie beyond L2.
+  static constexpr int64_t kFar = int64_t(2) << 20;
 
   int64_t in_, out_;
   std::unique_ptr<Reads> reads_;  // of a layer that is taken flat
-  bool stream_ = false;
+  bool stream_ = false, far_ = false;
   std::vector<Segment> segments_;
   std::vector<Unit> units_;
 };

@@ -50,10 +50,10 @@ struct Multiply {
   int64_t y_row;
   int64_t columns;      // a multiple of the granule
   bool stream;          // y goes past the caches: all of it is aligned to whole vectors, and there is one tile
-  // What is needed next: `ahead_lines` cache lines of each of some rows are fetched, a few with every block of rows, from
-  // line `ahead_from` to `ahead_to`, counted row by row.
-  const T* ahead;
-  int64_t ahead_row, ahead_lines, ahead_from, ahead_to;
+  // What is needed next: the first `ahead_lines` cache lines from each of some addresses are fetched, a few with every
+  // block of rows, from line `ahead_from` to `ahead_to`, counted address by address. Null: nothing is.
+  const T* const* ahead;
+  int64_t ahead_lines, ahead_from, ahead_to;
 };
 
 // A mask and the weights it keeps, for one layout of x, in the order the kernel reads them: for every tile and block of

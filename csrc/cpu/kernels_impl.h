@@ -173,10 +173,11 @@ RTL_INLINE void fetch_ahead(const Multiply<T>& m, int64_t block, int64_t blocks)
   const int64_t lines = m.ahead_to - m.ahead_from;
   int64_t line = m.ahead_from + lines * block / blocks;
   const int64_t end = m.ahead_from + lines * (block + 1) / blocks;
-  const char* row = reinterpret_cast<const char*>(m.ahead + line / m.ahead_lines * m.ahead_row);
+  if (line == end) return;
+  const T* const* row = m.ahead + line / m.ahead_lines;
   for (int64_t at = line % m.ahead_lines; line < end; ++line) {
-    __builtin_prefetch(row + at * 64, 0, 2);
-    if (++at == m.ahead_lines) at = 0, row += m.ahead_row * int64_t(sizeof(T));
+    __builtin_prefetch(reinterpret_cast<const char*>(*row) + at * 64, 0, 2);
+    if (++at == m.ahead_lines) at = 0, ++row;
   }
 }
 
@@ -221,13 +222,14 @@ RTL_INLINE void finish(const Multiply<T>& m, const Sums<T, R, V, H> (&sum)[U], i
 template <class T, int R, int V, int H, int U>
 __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t tile, const T* x, T* y) {
   const int64_t start = tile * m.kept.tile_inputs;
+  const bool ahead = m.ahead && tile == m.kept.first_tile && x == m.x;
   x += start * m.x_stride;
   const bool last = tile + 1 == m.kept.tiles;
   for (int64_t r0 = 0; r0 < m.rows; r0 += R) {
     const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / R) * 16;
     const uint16_t* index = m.kept.index + counts[0];
     const T* w = m.w + r0 * m.w_row + start * m.w_stride;
-    if (m.ahead) fetch_ahead(m, r0 / R, (m.rows + R - 1) / R);
+    if (ahead) fetch_ahead(m, r0 / R, (m.rows + R - 1) / R);
     Sums<T, R, V, H> sum[U];
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u)
@@ -264,12 +266,13 @@ template <class T, int V, int H, int U>
 __attribute__((noinline)) void multiply_lists(const Multiply<T>& m, int64_t tile, const T* x, T* y) {
   constexpr int L = Vector<T>::lanes;
   const int64_t step = m.x_stride;
+  const bool ahead = m.ahead && tile == m.kept.first_tile && x == m.x;
   for (int64_t r = 0; r < m.rows; ++r) {
     const uint32_t* starts = m.kept.counts + tile * m.kept.blocks + r;
     const uint16_t* index = m.kept.index + starts[0];
     const uint16_t* end = m.kept.index + starts[1];
     const T* w = m.w + r * m.w_row;
-    if (m.ahead) fetch_ahead(m, r, m.rows);
+    if (ahead) fetch_ahead(m, r, m.rows);
     Sums<T, 1, V, H> sum[U];
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {

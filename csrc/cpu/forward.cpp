@@ -99,10 +99,11 @@ class Runner {
                    plan_.scatter ? plan_.rows : plan_.channels);
   }
 
-  // Rows are taken one by one where little is kept and samples are few: entering buckets is then most of the work. With
-  // more samples the inputs do not fit into L1, which blocks of rows load less often.
+  // Rows are taken one by one where little is kept and samples or inputs are few: entering buckets is then most of the
+  // work. With more of both the inputs lie beyond L1, which blocks of rows load less often.
   bool lists(const Segment& segment) const {
-    return plan_.linear() && segment.stop - segment.start <= 64 && segment.mask >= 0 && plan_.channels <= 65536 &&
+    return plan_.linear() && (segment.stop - segment.start <= 64 || plan_.channels <= 256) && segment.mask >= 0 &&
+           plan_.channels <= 65536 &&
            plan_.group_weights() <= INT64_C(0xffffffff) && kept(segment) <= 0.18;
   }
 

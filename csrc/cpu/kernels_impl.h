@@ -342,7 +342,7 @@ void multiply_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
 #undef RTL_COLUMNS
 }
 
-constexpr int kListVectors = 8;
+constexpr int kListVectors = 6;
 
 // As multiply_cut, through lists.
 template <class T>
@@ -363,20 +363,14 @@ void multiply_list_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
       case 9: RTL_COLUMNS(4, 1, 2); break;
       case 10: RTL_COLUMNS(5, 0, 2); break;
       case 11: RTL_COLUMNS(5, 1, 2); break;
-      case 12: RTL_COLUMNS(6, 0, 2); break;
-      case 13: RTL_COLUMNS(6, 1, 1); break;
-      case 14: RTL_COLUMNS(7, 0, 1); break;
-      case 15: RTL_COLUMNS(7, 1, 1); break;
-      default: RTL_COLUMNS(8, 0, 1); break;
+      default: RTL_COLUMNS(6, 0, 2); break;
 #else
       case 1: RTL_COLUMNS(1, 0, 4); break;
       case 2: RTL_COLUMNS(2, 0, 4); break;
       case 3: RTL_COLUMNS(3, 0, 2); break;
       case 4: RTL_COLUMNS(4, 0, 2); break;
       case 5: RTL_COLUMNS(5, 0, 1); break;
-      case 6: RTL_COLUMNS(6, 0, 1); break;
-      case 7: RTL_COLUMNS(7, 0, 1); break;
-      default: RTL_COLUMNS(8, 0, 1); break;
+      default: RTL_COLUMNS(6, 0, 1); break;
 #endif
     }
 #undef RTL_COLUMNS

@@ -74,11 +74,7 @@ class Runner {
     return plan_.rows == 1 && plan_.channels == 1 && plan_.phases.size() == 1 && plan_.out[1] * 4 >= k_.lanes * 3;
   }
 
-  bool in_place() const {
-    // A plane stride of a multiple of 4 KiB maps a column's inputs onto the same few lines of L1.
-    return plan_.pointwise() && in_ >= 4 * k_.lanes && in_ % k_.lanes == 0 &&
-           (in_ * sizeof(T) % 4096 != 0 || plan_.channels <= 8);
-  }
+  bool in_place() const { return plan_.pointwise() && in_ >= 4 * k_.lanes && in_ % k_.lanes == 0; }
 
   // A group of a few samples fills part of a vector, while the weights it reads are those of a full one: then every weight
   // is taken, in whole vectors of inputs, with the mask's bits applied. Worth it up to 4 samples; up to 8 where the mask
@@ -415,23 +411,33 @@ class Runner {
 
    private:
     void in_place(const Unit& unit, const Segment& segment) {
-      const int64_t pixels = job_.in_;
+      const int64_t pixels = job_.in_, channels = plan_.channels;
+      // A plane stride of a multiple of 4 KiB maps a column's inputs onto the same few lines of L1: then they are copied.
+      const bool copied = pixels * sizeof(T) % 4096 == 0 && channels > 8;
+      const int64_t held = segment.structure->block_rows == 1 ? 2 * k_.pair * k_.lanes : k_.block_columns;
+      const int64_t most = copied ? held : pixels;
+      T* const copy = copied ? x_.template take<T>(channels * most) : nullptr;
       for (int64_t g = 0; g < plan_.groups; ++g) {
+        const T* const x = job_.input(unit.start) + g * channels * pixels;
         Multiply<T> m{};
         m.kept = segment.structure->at(plan_, g, 0);
-        m.x = job_.input(unit.start) + g * plan_.channels * pixels;
-        m.x_stride = pixels;
         m.w = job_.weight(segment, g);
         m.w_stride = plan_.channel_stride();
         m.w_row = plan_.row_stride();
         job_.after(segment, g).to(m);
         m.rows = plan_.rows;
-        m.y = job_.output(unit.start) + g * plan_.rows * pixels;
         m.y_row = pixels;
-        m.columns = pixels;
         m.stream = job_.stream_ && m.kept.tiles == 1;
-        if (g + 1 == plan_.groups) fetch_next(m);
-        k_.multiply(m);
+        for (int64_t c = 0; c < pixels; c += m.columns) {
+          m.columns = std::min(most, pixels - c);
+          if (copied) k_.copy({x + c, pixels, 1, copy, m.columns, 1, channels, m.columns});
+          m.x = copied ? copy : x;
+          m.x_stride = copied ? m.columns : pixels;
+          m.y = job_.output(unit.start) + g * plan_.rows * pixels + c;
+          m.ahead = nullptr;
+          if (g + 1 == plan_.groups && c + m.columns == pixels) fetch_next(m);
+          k_.multiply(m);
+        }
       }
       job_.add_residual(unit, 0, plan_.groups * plan_.rows, 0, job_.out_);
     }
@@ -795,7 +801,7 @@ class Runner {
     const Kernels<T>& k_;
     int64_t together_;
     std::unique_ptr<Packer<T>> packer_, single_;
-    Scratch y_;
+    Scratch x_, y_;
     bool ready_ = false;
     Strip strip_;
     std::vector<std::vector<Offset>> tables_;

@@ -779,13 +779,14 @@ class Runner {
       for (Piece& piece : pieces_[p]) piece.y = piece.first * k_.lanes;
     }
 
-    void unpack_pixels(const Unit& unit, const Phase& phase, const Area& area, const T* y, int64_t row, int64_t rows) {
+    void unpack_pixels(const Unit& unit, const Phase& phase, const Area& area, T* y, int64_t row, int64_t rows) {
+      if (plan_.pointwise()) {
+        to_.resize(unit.count);
+        for (int64_t s = 0; s < unit.count; ++s) to_[s] = job_.output(unit.start + s) + row * area.width;
+        move_planes(k_, area.width, to_.data(), unit.count, rows, y, y_row_, false);
+        return;
+      }
       for (int64_t s = 0; s < unit.count; ++s) {
-        if (plan_.pointwise()) {
-          k_.copy({y + s * area.width, y_row_, 1, job_.output(unit.start + s) + row * area.width, area.width, 1, rows,
-                   area.width});
-          continue;
-        }
         // Places (height, width) of every plane to their pixels.
         const int64_t first = (area.begin * phase.step[0] + phase.shift[0]) * plan_.out[1] +
                               phase.begin[1] * phase.step[1] + phase.shift[1];
@@ -806,6 +807,7 @@ class Runner {
     Strip strip_;
     std::vector<std::vector<Offset>> tables_;
     std::vector<const T*> from_;
+    std::vector<T*> to_;
     Programs<T> programs_;  // of the last segment's mask, as are the kept taps
     int64_t last_ = -1;
     const Unit* next_ = nullptr;  // after this one; null: none, or what it reads is in the caches

@@ -192,6 +192,17 @@ struct Copy {
   int64_t rows, width;
 };
 
+// Planes of a quarter of a vector, four samples at once, so that both sides move whole vectors: plane c of sample s lies at
+// rows[s] + c · quarter, and at planes + c · step + s · quarter. Samples and planes (`count`) are multiples of four.
+template <class T>
+struct Quarters {
+  T* const* rows;
+  int64_t samples;
+  int64_t count;
+  T* planes;
+  int64_t step;
+};
+
 // even[r][w / 2] = from[r][w] for the even w below `width`, odd[r][w / 2] for the odd ones.
 template <class T>
 struct Split {
@@ -304,6 +315,8 @@ struct Kernels {
   void (*to_lanes)(const Lanes<T>&);
   void (*from_lanes)(const Lanes<T>&);
   void (*copy)(const Copy<T>&);
+  void (*gather_quarters)(const Quarters<T>&);   // to planes; these two: null where no quarter is worth it
+  void (*scatter_quarters)(const Quarters<T>&);  // to rows
   void (*split)(const Split<T>&);
   void (*filter)(const Filter<T>&);
   void (*flat)(const Flat<T>&);           // these two: null where there are no loads of a part of a vector

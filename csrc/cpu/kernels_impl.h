@@ -1065,6 +1065,41 @@ void copy(const Copy<T>& m) {
     for (int64_t w = 0; w < m.width; ++w) to[w * m.to_step] = from[w * m.from_step];
 }
 
+#if RTL_VECTOR_BYTES == 64
+// Four vectors of four quarters: quarter i of vector j becomes quarter j of vector i.
+RTL_INLINE void turn_quarters(Vector<float>::type (&v)[4]) {
+  const Vector<float>::type a = __builtin_shufflevector(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  const Vector<float>::type b = __builtin_shufflevector(v[2], v[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  const Vector<float>::type c = __builtin_shufflevector(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  const Vector<float>::type d = __builtin_shufflevector(v[2], v[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  v[0] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  v[1] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  v[2] = __builtin_shufflevector(c, d, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  v[3] = __builtin_shufflevector(c, d, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+template <bool Gather>
+void quarters(const Quarters<float>& m) {
+  for (int64_t s = 0; s < m.samples; s += 4)
+    for (int64_t c = 0; c < m.count; c += 4) {
+      Vector<float>::type v[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) v[i] = load(Gather ? m.rows[s + i] + c * 4 : m.planes + (c + i) * m.step + s * 4);
+      turn_quarters(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(Gather ? m.planes + (c + i) * m.step + s * 4 : m.rows[s + i] + c * 4, v[i]);
+    }
+}
+
+template <class T, bool Gather>
+constexpr void (*kQuarters)(const Quarters<T>&) = nullptr;
+template <bool Gather>
+constexpr void (*kQuarters<float, Gather>)(const Quarters<float>&) = quarters<Gather>;
+#else
+template <class T, bool Gather>
+constexpr void (*kQuarters)(const Quarters<T>&) = nullptr;
+#endif
+
 template <class T>
 void split(const Split<T>& m) {
   constexpr int L = Vector<T>::lanes;
@@ -1324,7 +1359,8 @@ template <class T>
 constexpr Kernels<T> table() {
   return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes, kListVectors * Vector<T>::lanes, kPair,
           kOuterRows, kOuterVectors * Vector<T>::lanes,
-          multiply<T>, convolve<T>, correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>, split<T>, filter<T>, kFlat<T>, kFlatDots<T>, add<T>,
+          multiply<T>, convolve<T>, correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>,
+          kQuarters<T, true>, kQuarters<T, false>, split<T>, filter<T>, kFlat<T>, kFlatDots<T>, add<T>,
           norm_reduce<T, kSum>, norm_reduce<T, kSquares>, norm_map<T, false>, norm_reduce<T, kProducts>, norm_map<T, true>};
 }
 

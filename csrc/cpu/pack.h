@@ -144,6 +144,26 @@ inline bool worth_lanes(const Plan& plan, int64_t count, int64_t lanes) {
   return count * plane >= 0.625 * lanes * places;
 }
 
+// Planes of `width` pixels, `channels` of each sample: they lie one after the other in rows[s], and in `planes` at
+// s · width, a channel's `step` apart; moved from there to here (`gather`) or back.
+template <class T>
+void move_planes(const Kernels<T>& kernels, int64_t width, T* const* rows, int64_t samples, int64_t channels, T* planes,
+                 int64_t step, bool gather) {
+  const bool quarters = kernels.gather_quarters && width * 4 == kernels.lanes;
+  const int64_t some = quarters ? samples / 4 * 4 : 0, these = quarters ? channels / 4 * 4 : 0;
+  if (some && these) (gather ? kernels.gather_quarters : kernels.scatter_quarters)({rows, some, these, planes, step});
+  for (int64_t s = 0; s < samples; ++s) {
+    const int64_t first = s < some ? these : 0;
+    if (first == channels) continue;
+    T* const row = rows[s] + first * width;
+    T* const plane = planes + first * step + s * width;
+    if (gather)
+      kernels.copy({row, width, 1, plane, step, 1, channels - first, width});
+    else
+      kernels.copy({plane, step, 1, row, width, 1, channels - first, width});
+  }
+}
+
 // Packs samples of x into strips. Zeros beside the rows are laid once for each kind of strip: pixels always fall on the
 // same places. A strip that follows on from the one before, of the same samples, keeps the rows they share.
 template <class T>
@@ -245,8 +265,7 @@ class Packer {
   void pack_pixels(const T* const* rows, int64_t count, int64_t top, int64_t bottom) {
     const int64_t width = plan_.in[1], image = plan_.in[0] * width, across = plan_.plane_width();
     if (plan_.pointwise()) {
-      for (int64_t s = 0; s < count; ++s)
-        k_.copy({rows[s], width, 1, x_ + s * across, strip_.channel(plan_), 1, channels_, width});
+      move_planes(k_, width, const_cast<T* const*>(rows), count, channels_, x_, strip_.channel(plan_), true);
       return;
     }
     // Pixels (h, w) with (h + top) mod sh = a and (w + left) mod sw = b fall into plane (a, b).

@@ -56,6 +56,13 @@ RTL_INLINE V held(V v) {
   return v;
 }
 
+// An address that instructions add constants to: GCC would keep a register, or a place on the stack, for each of them.
+template <class T>
+RTL_INLINE const T* held_address(const T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 template <class T>
 RTL_INLINE typename Vector<T>::type splat(T value) {
   return value - typename Vector<T>::type{};
@@ -140,7 +147,7 @@ RTL_INLINE void bucket(Sums<T, R, V, H> (&sum)[U], const Multiply<T>& m, const T
   constexpr int L = Vector<T>::lanes;
   const int64_t row = m.w_row;
   auto one = [&](uint32_t j, Sums<T, R, V, H>& to) __attribute__((always_inline)) {
-    const T* xj = x + int64_t(j) * m.x_stride;
+    const T* xj = held_address(x + int64_t(j) * m.x_stride);
     const T* wj = w + int64_t(j) * m.w_stride;
     typename Vector<T>::type column[V ? V : 1];
     typename Half<T>::type rest{};

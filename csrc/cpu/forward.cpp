@@ -33,8 +33,8 @@ class Runner {
     out_ = plan.out[0] * plan.out[1];
     if (Reads::suit(plan, k_, std::min<int64_t>(64, 8 * k_.lanes))) reads_ = std::make_unique<Reads>(plan, k_.lanes);
     const int64_t row = plan.groups * plan.rows * out_ * int64_t(sizeof(T)), vector = k_.lanes * int64_t(sizeof(T));
-    stream_ = row * batch.offsets[batch.masks + 1] * batch.inner >= kStream && row % vector == 0 &&
-              call.y_row * int64_t(sizeof(T)) % vector == 0 && !call.residual &&
+    large_ = row * batch.offsets[batch.masks + 1] * batch.inner >= kStream && !call.residual;
+    stream_ = large_ && row % vector == 0 && call.y_row * int64_t(sizeof(T)) % vector == 0 &&
               reinterpret_cast<uintptr_t>(call.y) % vector == 0;
     far_ = plan.groups * plan.channels * in_ * batch.offsets[batch.masks + 1] * batch.inner * int64_t(sizeof(T)) >= kFar;
     for (int64_t g = 0; g <= batch.masks; ++g) {
@@ -406,7 +406,7 @@ class Runner {
         else
           strip(unit, segment);
       }
-      if (job_.stream_) k_.fence();
+      if (job_.large_) k_.fence();
     }
 
    private:
@@ -793,7 +793,7 @@ class Runner {
         for (int64_t r = 0; r < rows; ++r)
           k_.copy({y + r * y_row_ + s * unit.strip.sample_plane(plan_), plan_.plane_width(), 1,
                    job_.output(unit.start + s) + (row + r) * job_.out_ + first, phase.step[0] * plan_.out[1],
-                   phase.step[1], area.height, area.width});
+                   phase.step[1], area.height, area.width, job_.large_});
       }
     }
 
@@ -834,7 +834,7 @@ class Runner {
 
   int64_t in_, out_;
   std::unique_ptr<Reads> reads_;  // of a layer that is taken flat
-  bool stream_ = false, far_ = false;
+  bool large_ = false, stream_ = false, far_ = false;  // stream_: and all of its planes in whole vectors
   std::vector<Segment> segments_;
   std::vector<Unit> units_;
 };

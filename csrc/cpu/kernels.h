@@ -190,6 +190,7 @@ struct Copy {
   T* to;
   int64_t to_row, to_step;
   int64_t rows, width;
+  bool stream = false;  // past the caches, if rows of a vector and more follow one another in `to`, and so do their elements
 };
 
 // Planes of a quarter of a vector, four samples at once, so that both sides move whole vectors: plane c of sample s lies at

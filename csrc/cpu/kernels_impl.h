@@ -1041,11 +1041,37 @@ RTL_INLINE void copy_rows(const T* from, int64_t from_row, T* to, int64_t to_row
   }
 }
 
+// Rows that follow one another in `to`, in whole aligned vectors of it past the caches; what is left at both ends, not.
+template <class T>
+void stream_rows(const Copy<T>& m) {
+  constexpr int L = Vector<T>::lanes;
+  const T* from = m.from;
+  T* to = m.to;
+  int64_t w = 0;
+  for (; w < m.width && reinterpret_cast<uintptr_t>(to) % RTL_VECTOR_BYTES; ++w) *to++ = from[w];
+  for (int64_t r = 0; r < m.rows; ++r, from += m.from_row) {
+    for (; w + L <= m.width; w += L, to += L) stream(to, load(from + w));
+    const int64_t here = m.width - w;  // of a vector that ends in the next row
+    if (r + 1 == m.rows) {
+      for (; w < m.width; ++w) *to++ = from[w];
+    } else if (here > 0) {
+      T part[L];
+      for (int l = 0; l < L; ++l) part[l] = l < here ? from[w + l] : from[m.from_row + l - here];
+      stream(to, load(part));
+      to += L;
+      w = L - here;
+    } else {
+      w = 0;
+    }
+  }
+}
+
 template <class T>
 void copy(const Copy<T>& m) {
   constexpr int L = Vector<T>::lanes;
   const T* from = m.from;
   T* to = m.to;
+  if (m.stream && m.from_step == 1 && m.to_step == 1 && m.to_row == m.width && m.width >= L) return stream_rows(m);
   if (m.from_step == 1 && m.to_step == 1) {
     const int64_t bytes = m.width * int64_t(sizeof(T));
     if (bytes < int64_t(sizeof(T))) return;

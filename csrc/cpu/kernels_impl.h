@@ -965,8 +965,12 @@ void to_lanes(const Lanes<T>& m) {
     const int64_t row = plane * m.row_step;
     T* lanes_at = m.lanes_at + plane * m.lanes_step;
     if (m.length >= L) {
-      // What is left over is taken with what comes before it, again.
-      for (int64_t e = 0; e + L <= m.length; e += L) to_lanes_at(m, row, e, lanes_at);
+      // The next plane's vectors are fetched meanwhile. What is left over is taken with what comes before it, again.
+      const int count = plane + 1 < m.planes ? int(m.count) : 0;
+      for (int64_t e = 0; e + L <= m.length; e += L) {
+        for (int s = 0; s < count; ++s) __builtin_prefetch(m.rows[s] + row + m.row_step + e);
+        to_lanes_at(m, row, e, lanes_at);
+      }
       if (m.length % L) to_lanes_at(m, row, m.length - L, lanes_at);
       continue;
     }

@@ -219,6 +219,32 @@ class Gradient {
   std::vector<int64_t> place_;
 };
 
+// A pointwise layer's planes of up to four pixels, turned into rows of channels: over so few columns a dot product of every kept
+// weight is little else than adding up its lanes, where a linear layer has outer products.
+template <class T>
+void pixels_as_rows(const Plan& plan, const Batch& batch, const Masks& masks, const GradWeight<T>& call,
+                    const Parallel& parallel) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t pixels = plan.in[1], inputs = plan.groups * plan.channels, outputs = plan.groups * plan.rows;
+  Scratch x, dy;
+  const auto turned = [&](const T* from, int64_t samples, int64_t width, T* to) {
+    parallel(samples * batch.inner, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s)
+        k.copy({from + s * width * pixels, 1, pixels, to + s * width * pixels, width, 1, pixels, width});
+    });
+    return to;
+  };
+  GradWeight<T> rows = call;
+  const int64_t x_rows = call.input_samples * batch.inner * pixels, dy_rows = call.output_samples * batch.inner * pixels;
+  rows.input = turned(call.input, call.input_samples, inputs, x.take<T>(x_rows * inputs));
+  rows.output = turned(call.output, call.output_samples, outputs, dy.take<T>(dy_rows * outputs));
+  Batch each = batch;
+  each.inner *= pixels;
+  const Geometry linear = {{1, 1}, {1, 1}, {0, 0}, {1, 1}, plan.groups};
+  grad_weight_linear<T>(make_plan(false, plan.groups, plan.rows, plan.channels, linear, {1, 1}, {1, 1}), each, masks, rows,
+                        parallel);
+}
+
 // Sum of a run: 16 partial sums added in a fixed order, as vectors would.
 template <class T>
 double sum(const T* from, int64_t count) {
@@ -239,6 +265,8 @@ void grad_weight(const Plan& plan, const Batch& batch, const Masks& masks, const
                  const Parallel& parallel) {
   if (plan.linear())
     grad_weight_linear<T>(plan, batch, masks, call, parallel);
+  else if (plan.pointwise() && plan.in[1] <= 4)
+    pixels_as_rows(plan, batch, masks, call, parallel);
   else
     Gradient<T>(plan, batch, masks, call, parallel).run();
 }

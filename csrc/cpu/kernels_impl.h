@@ -1098,8 +1098,14 @@ void copy(const Copy<T>& m) {
       }
     return;
   }
-  for (int64_t r = 0; r < m.rows; ++r, from += m.from_row, to += m.to_row)
-    for (int64_t w = 0; w < m.width; ++w) to[w * m.to_step] = from[w * m.from_step];
+  const auto each = [&](int64_t from_step, int64_t to_step) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < m.rows; ++r, from += m.from_row, to += m.to_row)
+      for (int64_t w = 0; w < m.width; ++w) to[w * to_step] = from[w * from_step];
+  };
+  if (m.from_step == 4 && m.to_step == 1)
+    each(4, 1);  // which GCC turns into shuffles
+  else
+    each(m.from_step, m.to_step);
 }
 
 #if RTL_VECTOR_BYTES == 64

@@ -643,10 +643,12 @@ class Runner {
     // What the next unit reads, while this one is computed: its samples lie anywhere, and no hardware can tell where.
     void fetch_next(Multiply<T>& m) {
       if (!next_) return;
+      const int64_t bytes = plan_.groups * plan_.channels * job_.in_ * int64_t(sizeof(T));
+      if (next_->count * bytes > kAhead) return;
       ahead_.clear();
       for (int64_t s = 0; s < next_->count; ++s) ahead_.push_back(job_.input(next_->start + s));
       m.ahead = ahead_.data();
-      m.ahead_lines = (plan_.groups * plan_.channels * job_.in_ * int64_t(sizeof(T)) + 63) / 64;
+      m.ahead_lines = (bytes + 63) / 64;
       m.ahead_from = 0;
       m.ahead_to = next_->count * m.ahead_lines;
     }
@@ -829,8 +831,8 @@ class Runner {
   const Kernels<T>& k_;
   // Outputs of this many bytes are not in the caches when they are read next.
   static constexpr int64_t kStream = int64_t(16) << 20;
-  // Inputs of this many lie beyond L2.
-  static constexpr int64_t kFar = int64_t(2) << 20;
+  // Inputs of kFar bytes lie beyond L2, in which kAhead are room enough for what is fetched ahead.
+  static constexpr int64_t kFar = int64_t(2) << 20, kAhead = int64_t(128) << 10;
 
   int64_t in_, out_;
   std::unique_ptr<Reads> reads_;  // of a layer that is taken flat

@@ -219,8 +219,8 @@ class Gradient {
   std::vector<int64_t> place_;
 };
 
-// A pointwise layer's planes of up to four pixels, turned into rows of channels: over so few columns a dot product of every kept
-// weight is little else than adding up its lanes, where a linear layer has outer products.
+// A pointwise layer's planes of up to four pixels, turned into rows of channels: over so few columns a dot product of
+// every kept weight is little else than adding up its lanes, where a linear layer has outer products.
 template <class T>
 void pixels_as_rows(const Plan& plan, const Batch& batch, const Masks& masks, const GradWeight<T>& call,
                     const Parallel& parallel) {

@@ -99,8 +99,7 @@ class Runner {
   // work. With more of both the inputs lie beyond L1, which blocks of rows load less often.
   bool lists(const Segment& segment) const {
     return plan_.linear() && (segment.stop - segment.start <= 64 || plan_.channels <= 256) && segment.mask >= 0 &&
-           plan_.channels <= 65536 &&
-           plan_.group_weights() <= INT64_C(0xffffffff) && kept(segment) <= 0.18;
+           plan_.channels <= 65536 && plan_.group_weights() <= INT64_C(0xffffffff) && kept(segment) <= 0.18;
   }
 
   // What one group of samples is divided into depends on its size and the shapes alone.

@@ -160,7 +160,7 @@ std::vector<Case> named() {
       linear("linear, a long row", 7, 1500, {0, 9, 1, 10}, {.9, .5, .05}),
       linear("linear, wide", 300, 270, {3, 12, 6, 1}, {.5, .1, .75}),
       linear("linear, many samples of one mask", 24, 48, {0, 200}, {.5}),
-      linear("linear, many samples of a sparse mask", 40, 100, {0, 150}, {.1}),
+      linear("linear, many samples of a sparse mask", 40, 100, {0, 95, 150}, {.1, .1}),
       linear("linear, one weight", 1, 1, {3, 12, 1}, {1, 0}),
       linear("linear, no masks kept, all kept", 33, 65, {7, 40, 36, 1}, {0, 1, .5}),
       linear("linear, no batch", 5, 8, {0, 0, 0}, {.5, .5}),
@@ -792,7 +792,11 @@ int main(int count, char** arguments) {
     } else if (option == "--seed") {
       seed = uint32_t(std::stoul(value)), ++i;
     } else if (option == "--part" && i + 2 < count) {
-      part = std::stoi(value), parts = std::max(1, std::stoi(arguments[i + 2])), i += 2;
+      part = std::stoi(value), parts = std::stoi(arguments[i + 2]), i += 2;
+      if (part < 0 || part >= parts) {
+        std::fprintf(stderr, "--part %d %d: expected I from 0 to N - 1\n", part, parts);
+        return 2;
+      }
     } else if (option == "--only") {
       only = value, ++i;
     } else if (option == "--plant") {

@@ -53,7 +53,7 @@ __attribute__((noinline)) void convolve_piece(const Convolve<T>& m) {
   const T* entry = m.program.entries;
   for (int64_t tile = 0; tile < m.program.tiles; ++tile) {
     const bool last = tile + 1 == m.program.tiles, affine = last && (m.scale || m.bias), act = last && m.relu;
-    for (int64_t r0 = 0; r0 < m.rows; r0 += R, counts += R == 1 ? 1 : 15) {
+    for (int64_t r0 = 0; r0 < m.rows; r0 += R, counts += (1 << R) - 1) {
       Vec sum[U][R][N * V];
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u)
@@ -66,6 +66,8 @@ __attribute__((noinline)) void convolve_piece(const Convolve<T>& m) {
       if constexpr (R > 1) {
         RTL_BUCKET(2);
         RTL_BUCKET(3);
+      }
+      if constexpr (R > 2) {
         RTL_BUCKET(4);
         RTL_BUCKET(5);
         RTL_BUCKET(6);
@@ -84,33 +86,40 @@ __attribute__((noinline)) void convolve_piece(const Convolve<T>& m) {
       for (int r = 0; r < R; ++r) {
         if (r0 + r >= m.rows) break;
         T* to = m.y + (r0 + r) * m.y_row;
-        const Vec scale = splat(affine && m.scale ? m.scale[r0 + r] : T(1));
-        const Vec bias = splat(affine && m.bias ? m.bias[r0 + r] : T(0));
-#pragma GCC unroll 16
-        for (int v = 0; v < N * V; ++v) {
-          Vec s = sum[0][r][v];
+        Vec(&s)[N * V] = sum[0][r];
 #pragma GCC unroll 4
-          for (int u = 1; u < U; ++u) s += sum[u][r][v];
-          if (tile) s += load(to + v * L);
-          if (affine) s = s * scale + bias;
-          if (act) s = relu(s);
-          store(to + v * L, s);
+        for (int u = 1; u < U; ++u)
+#pragma GCC unroll 16
+          for (int v = 0; v < N * V; ++v) s[v] += sum[u][r][v];
+        if (tile) {
+#pragma GCC unroll 16
+          for (int v = 0; v < N * V; ++v) s[v] += load(to + v * L);
         }
+        if (affine) {
+          const Vec scale = splat(m.scale ? m.scale[r0 + r] : T(1)), bias = splat(m.bias ? m.bias[r0 + r] : T(0));
+#pragma GCC unroll 16
+          for (int v = 0; v < N * V; ++v) s[v] = s[v] * scale + bias;
+        }
+        if (act) {
+#pragma GCC unroll 16
+          for (int v = 0; v < N * V; ++v) s[v] = relu(s[v]);
+        }
+#pragma GCC unroll 16
+        for (int v = 0; v < N * V; ++v) store(to + v * L, s[v]);
       }
     }
   }
 }
 
-// All blocks of four rows, or single rows; U where the sums are fewer than 4 cycles of 2 multiply-adds fill.
+// All blocks of rows, or single rows; U where the sums are fewer than 4 cycles of 2 multiply-adds fill.
 template <class T, int N, int V>
 void convolve_single(const Convolve<T>& m) {
   convolve_piece<T, 1, N, V, (N * V <= 2 ? 4 : N * V <= 4 ? 2 : 1)>(m);
 }
 
 template <class T, int V>
-void convolve_four(const Convolve<T>& m) {
-  constexpr bool kMany = RTL_REGISTERS >= 32;
-  convolve_piece<T, 4, 1, V, (V == 1 ? (kMany ? 4 : 2) : V == 2 && kMany ? 2 : 1)>(m);
+void convolve_blocks(const Convolve<T>& m) {
+  convolve_piece<T, kBlockRows, 1, V, (V == 1 ? 4 : V == 2 || (V == 3 && kBlockRows == 2) ? 2 : 1)>(m);
 }
 
 template <class T>
@@ -121,14 +130,12 @@ void convolve(const Convolve<T>& m) {
     break
   if (m.program.block_rows > 1) {
     switch (m.vectors) {
-      RTL_CASE(1, (convolve_four<T, 1>(m)));
-      RTL_CASE(2, (convolve_four<T, 2>(m)));
-#if RTL_REGISTERS >= 32
-      RTL_CASE(3, (convolve_four<T, 3>(m)));
-      RTL_CASE(4, (convolve_four<T, 4>(m)));
-      RTL_CASE(5, (convolve_four<T, 5>(m)));
-      RTL_CASE(6, (convolve_four<T, 6>(m)));
-#endif
+      RTL_CASE(1, (convolve_blocks<T, 1>(m)));
+      RTL_CASE(2, (convolve_blocks<T, 2>(m)));
+      RTL_CASE(3, (convolve_blocks<T, 3>(m)));
+      RTL_CASE(4, (convolve_blocks<T, 4>(m)));
+      RTL_CASE(5, (convolve_blocks<T, 5>(m)));
+      RTL_CASE(6, (convolve_blocks<T, 6>(m)));
     }
   } else if (m.lines == 1) {
     switch (m.vectors) {

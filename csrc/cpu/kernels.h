@@ -8,9 +8,9 @@
 
 namespace rtl_kernels {
 
-// Output rows are taken in blocks of four; an input is filed under the 4-bit pattern of the rows that keep it. Where a row
-// keeps few inputs its blocks are of one row: 15 buckets of one or two inputs each would cost more to enter than to do.
-constexpr int kBlockRows = 4;
+// Output rows are taken in blocks of four, or of two where there are 16 registers (Kernels::block_rows); an input is filed
+// under the pattern of the rows that keep it, a bit for each. Where a row keeps few inputs its blocks are of one row: 15
+// buckets of one or two inputs each would cost more to enter than to do.
 
 // Where one (channel, tap) lies: x from the column's address, w from the row's first weight; in elements.
 struct Offset {
@@ -19,17 +19,17 @@ struct Offset {
 };
 
 // One mask over `rows` outputs and all their inputs, in tiles of `tile_inputs` inputs: for every tile and block of rows
-// the inputs it keeps, bucketed by pattern (1..15), ascending inside.
+// the inputs it keeps, bucketed by pattern (1 .. 2^block_rows - 1), ascending inside.
 struct Kept {
-  const uint32_t* counts;  // (tiles, blocks, 16): inputs of pattern p at [p], at [0] where the block's indices start
+  const uint32_t* counts;  // (tiles, blocks, 2^block_rows): inputs of pattern p at [p], at [0] where indices start
   const uint16_t* index;   // inputs, relative to their tile
   int64_t tiles;
   int64_t tile_inputs;
   int64_t blocks;
-  int64_t block_rows;  // 4 or 1; 0: `blocks` rows with a list each (structure.h: Lists)
+  int64_t block_rows;  // 4, 2 or 1; 0: `blocks` rows with a list each (structure.h: Lists)
   int64_t first_tile;  // of Multiply: tiles before it have been added to y already
 
-  void skip_rows(int64_t rows) { counts += block_rows ? rows / block_rows * 16 : rows; }
+  void skip_rows(int64_t rows) { counts += block_rows ? (rows / block_rows) << block_rows : rows; }
 };
 
 // y[r][c] = act(s[r] · Σ_{kept (r, j)} w[r, j] · x[j][c] + b[r]) for columns 0..columns; s, b and act are applied with the
@@ -61,10 +61,10 @@ struct Multiply {
 // elements) and the weights of the rows that keep it.
 template <class T>
 struct Program {
-  const uint32_t* counts;  // (tiles, blocks, 15 or 1): inputs of pattern p at [p - 1]
+  const uint32_t* counts;  // (tiles, blocks, patterns): inputs of pattern p at [p - 1]
   const T* entries;
   int64_t tiles;
-  int64_t block_rows;      // 4 or 1
+  int64_t block_rows;      // 4, 2 or 1
 };
 
 // y[r][c] = act(s[r] · Σ_{kept (r, j)} w[r, j] · x[at(j) + c] + b[r]), on `lines` lines of `vectors` whole vectors of
@@ -302,6 +302,7 @@ template <class T>
 struct Kernels {
   int lanes;
   int granule;        // of Multiply's columns: the lanes, or half of them
+  int block_rows;     // of Multiply, Convolve and Correlate: 4 or 2
   int block_columns, list_columns;  // columns held in registers at once, of blocks of rows and of lists
   int pair;           // vectors of columns of a single row held at once, on each of two lines
   int outer_rows, outer_columns;

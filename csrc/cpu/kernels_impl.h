@@ -130,6 +130,12 @@ RTL_INLINE T total(typename Vector<T>::type v) {
   return part[0];
 }
 
+#if RTL_REGISTERS >= 32
+constexpr int kBlockRows = 4;
+#else
+constexpr int kBlockRows = 2;
+#endif
+
 // ---- y = w · x
 
 // Sums of R rows over V vectors of columns and, with H, half a vector.
@@ -141,37 +147,101 @@ struct Sums {
 
 // Inputs of one pattern. With few columns a row's sum would wait for the 4 cycles of each multiply-add, so U independent
 // sums take turns; they are added in a fixed order at the end.
+// Loads are as scarce as multiply-adds; with more columns it is registers.
+template <int V>
+constexpr bool kFourIndices = V <= 4;
+RTL_INLINE uint64_t four_indices(const uint16_t* index) {
+  uint64_t four;
+  __builtin_memcpy(&four, index, sizeof(four));
+  return four;
+}
+
+// One input of pattern P.
+template <class T, int P, int R, int V, int H>
+RTL_INLINE void add_input(Sums<T, R, V, H>& to, const Multiply<T>& m, const T* x, const T* w, uint32_t j) {
+  constexpr int L = Vector<T>::lanes;
+  const int64_t row = m.w_row;
+  const T* xj = held_address(x + int64_t(j) * m.x_stride);
+  const T* wj = w + int64_t(j) * m.w_stride;
+#if RTL_REGISTERS >= 32
+  typename Vector<T>::type column[V ? V : 1];
+  typename Half<T>::type rest{};
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) column[v] = load(xj + v * L);
+  if (H) rest = *reinterpret_cast<const typename Half<T>::type*>(xj + V * L);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    if (P >> r & 1) {
+      const typename Vector<T>::type value = splat(wj[r * row]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) to.full[r][v] += value * column[v];
+      if (H) to.half[r] += low(value) * rest;
+    }
+  }
+#else
+  // The weights are held and the columns pass, of which one register is left.
+  constexpr int kept = __builtin_popcount(P);
+  typename Vector<T>::type value[kept];
+  int i = 0;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+    if (P >> r & 1) value[i++] = splat(wj[r * row]);
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    typename Vector<T>::type column = load(xj + v * L);
+    if (kept > 1) column = held(column);
+    i = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      if (P >> r & 1) to.full[r][v] += value[i++] * column;
+  }
+#endif
+}
+
 template <class T, int R, int V, int H, int U, int P>
 RTL_INLINE void bucket(Sums<T, R, V, H> (&sum)[U], const Multiply<T>& m, const T* x, const T* w,
                        const uint16_t*& index, uint32_t count) {
-  constexpr int L = Vector<T>::lanes;
-  const int64_t row = m.w_row;
-  auto one = [&](uint32_t j, Sums<T, R, V, H>& to) __attribute__((always_inline)) {
-    const T* xj = held_address(x + int64_t(j) * m.x_stride);
-    const T* wj = w + int64_t(j) * m.w_stride;
-    typename Vector<T>::type column[V ? V : 1];
-    typename Half<T>::type rest{};
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) column[v] = load(xj + v * L);
-    if (H) rest = *reinterpret_cast<const typename Half<T>::type*>(xj + V * L);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      if (P >> r & 1) {
-        const typename Vector<T>::type value = splat(wj[r * row]);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) to.full[r][v] += value * column[v];
-        if (H) to.half[r] += low(value) * rest;
-      }
-    }
-  };
   const uint16_t* end = index + count;
+#if RTL_REGISTERS >= 32
   if (U > 1) {
     for (; end - index >= U; index += U) {
 #pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) one(index[u], sum[u]);
+      for (int u = 0; u < U; ++u) add_input<T, P>(sum[u], m, x, w, index[u]);
     }
   }
-  for (; index != end; ++index) one(*index, sum[0]);
+#else
+  for (; kFourIndices<V> && end - index >= 4; index += 4) {
+    const uint64_t four = four_indices(index);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) add_input<T, P>(sum[u % U], m, x, w, four >> (16 * u) & 0xffff);
+  }
+#endif
+  for (; index != end; ++index) add_input<T, P>(sum[0], m, x, w, *index);
+}
+
+// The inputs of either row of a block of two, one of each in turn: what is added to one waits for the one before.
+template <class T, int V, int H, int U>
+RTL_INLINE void single_buckets(Sums<T, 2, V, H> (&sum)[U], const Multiply<T>& m, const T* x, const T* w,
+                               const uint16_t*& index, const uint32_t* counts) {
+  const uint16_t* second = index + counts[1];
+  uint32_t both = counts[1] < counts[2] ? counts[1] : counts[2];
+  const uint32_t first_left = counts[1] - both, second_left = counts[2] - both;
+  const uint16_t* const end = index + both;
+  for (; kFourIndices<V> && end - index >= 4; index += 4, second += 4) {
+    const uint64_t first_four = four_indices(index), second_four = four_indices(second);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      add_input<T, 1>(sum[u % U], m, x, w, first_four >> (16 * u) & 0xffff);
+      add_input<T, 2>(sum[u % U], m, x, w, second_four >> (16 * u) & 0xffff);
+    }
+  }
+  for (; index != end; ++index, ++second) {
+    add_input<T, 1>(sum[0], m, x, w, *index);
+    add_input<T, 2>(sum[0], m, x, w, *second);
+  }
+  bucket<T, 2, V, H, U, 1>(sum, m, x, w, index, first_left);
+  index = second;
+  bucket<T, 2, V, H, U, 2>(sum, m, x, w, index, second_left);
 }
 
 // A block's share of what is needed next.
@@ -188,41 +258,50 @@ RTL_INLINE void fetch_ahead(const Multiply<T>& m, int64_t block, int64_t blocks)
   }
 }
 
-// Rows r0, … of y from their sums; with `add` to what is there, with `last` what is done to the whole sum.
+// Rows r0, … of y from their sums; with `add` to what is there, with `last` what is done to the whole sum. What is asked
+// once for a row is not asked for every vector: with few inputs that would take as long as they do.
 template <class T, int R, int V, int H, int U>
-RTL_INLINE void finish(const Multiply<T>& m, const Sums<T, R, V, H> (&sum)[U], int64_t r0, bool add, bool last, T* y) {
+RTL_INLINE void finish(const Multiply<T>& m, Sums<T, R, V, H> (&sum)[U], int64_t r0, bool add, bool last, T* y) {
   constexpr int L = Vector<T>::lanes;
   const bool affine = last && (m.scale || m.bias), act = last && m.relu;
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    if (r0 + r < m.rows) {
-      T* out = y + (r0 + r) * m.y_row;
-      const typename Vector<T>::type scale = splat(affine && m.scale ? m.scale[r0 + r] : T(1));
-      const typename Vector<T>::type bias = splat(affine && m.bias ? m.bias[r0 + r] : T(0));
+    if (r0 + r >= m.rows) break;
+    T* out = y + (r0 + r) * m.y_row;
+    auto& s = sum[0].full[r];
+    auto& end = sum[0].half[r];
+    auto& out_end = *reinterpret_cast<typename Half<T>::type*>(out + V * L);
+#pragma GCC unroll 4
+    for (int u = 1; u < U; ++u) {
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        typename Vector<T>::type s = sum[0].full[r][v];
-#pragma GCC unroll 4
-        for (int u = 1; u < U; ++u) s += sum[u].full[r][v];
-        if (add) s += load(out + v * L);
-        if (affine) s = s * scale + bias;
-        if (act) s = relu(s);
-        if (m.stream)
-          stream(out + v * L, s);
-        else
-          store(out + v * L, s);
-      }
-      if (H) {
-        typename Half<T>::type* end = reinterpret_cast<typename Half<T>::type*>(out + V * L);
-        typename Half<T>::type s = sum[0].half[r];
-#pragma GCC unroll 4
-        for (int u = 1; u < U; ++u) s += sum[u].half[r];
-        if (add) s += *end;
-        if (affine) s = s * low(scale) + low(bias);
-        if (act) s = relu(s);
-        *end = s;
-      }
+      for (int v = 0; v < V; ++v) s[v] += sum[u].full[r][v];
+      if (H) end += sum[u].half[r];
     }
+    if (add) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) s[v] += load(out + v * L);
+      if (H) end += out_end;
+    }
+    if (affine) {
+      const typename Vector<T>::type scale = splat(m.scale ? m.scale[r0 + r] : T(1));
+      const typename Vector<T>::type bias = splat(m.bias ? m.bias[r0 + r] : T(0));
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) s[v] = s[v] * scale + bias;
+      if (H) end = end * low(scale) + low(bias);
+    }
+    if (act) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) s[v] = relu(s[v]);
+      if (H) end = relu(end);
+    }
+    if (m.stream) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) stream(out + v * L, s[v]);
+    } else {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) store(out + v * L, s[v]);
+    }
+    if (H) out_end = end;
   }
 }
 
@@ -233,7 +312,7 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
   x += start * m.x_stride;
   const bool last = tile + 1 == m.kept.tiles;
   for (int64_t r0 = 0; r0 < m.rows; r0 += R) {
-    const uint32_t* counts = m.kept.counts + (tile * m.kept.blocks + r0 / R) * 16;
+    const uint32_t* counts = m.kept.counts + ((tile * m.kept.blocks + r0 / R) << R);
     const uint16_t* index = m.kept.index + counts[0];
     const T* w = m.w + r0 * m.w_row + start * m.w_stride;
     if (ahead) fetch_ahead(m, r0 / R, (m.rows + R - 1) / R);
@@ -246,14 +325,20 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
         for (int v = 0; v < V; ++v) sum[u].full[r][v] = typename Vector<T>::type{};
         if (H) sum[u].half[r] = typename Half<T>::type{};
       }
-    bucket<T, R, V, H, U, 1>(sum, m, x, w, index, counts[1]);
-    if constexpr (R > 1) {
-      bucket<T, R, V, H, U, 2>(sum, m, x, w, index, counts[2]);
-      bucket<T, R, V, H, U, 3>(sum, m, x, w, index, counts[3]);
+    if constexpr (R == 2) {
+      single_buckets<T>(sum, m, x, w, index, counts);
+    } else {
+      bucket<T, R, V, H, U, 1>(sum, m, x, w, index, counts[1]);
+      if constexpr (R > 1) bucket<T, R, V, H, U, 2>(sum, m, x, w, index, counts[2]);
+    }
+    if constexpr (R > 1) bucket<T, R, V, H, U, 3>(sum, m, x, w, index, counts[3]);
+    if constexpr (R > 2) {
       bucket<T, R, V, H, U, 4>(sum, m, x, w, index, counts[4]);
       bucket<T, R, V, H, U, 5>(sum, m, x, w, index, counts[5]);
       bucket<T, R, V, H, U, 6>(sum, m, x, w, index, counts[6]);
       bucket<T, R, V, H, U, 7>(sum, m, x, w, index, counts[7]);
+    }
+    if constexpr (R > 3) {
       bucket<T, R, V, H, U, 8>(sum, m, x, w, index, counts[8]);
       bucket<T, R, V, H, U, 9>(sum, m, x, w, index, counts[9]);
       bucket<T, R, V, H, U, 10>(sum, m, x, w, index, counts[10]);
@@ -306,11 +391,8 @@ __attribute__((noinline)) void multiply_lists(const Multiply<T>& m, int64_t tile
   }
 }
 
-#if RTL_REGISTERS >= 32
-constexpr int kVectors = 6;  // 24 sums, 6 inputs and a weight fill 31 of 32 registers
-#else
-constexpr int kVectors = 2;  // 8 sums, 2 inputs and a weight of 16 registers; 3 would spill where FMA needs a copy
-#endif
+// 24 sums, 6 inputs and a weight fill 31 of 32 registers; 12 sums, two weights and an input 15 of 16.
+constexpr int kVectors = 6;
 
 // Columns [0, take), all tiles; `take` is what `multiply` cuts.
 template <class T, int R>
@@ -341,8 +423,12 @@ void multiply_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
       case 5: RTL_COLUMNS(5, 0, 1); break;
       default: RTL_COLUMNS(6, 0, 1); break;
 #else
-      case 1: RTL_COLUMNS(1, 0, 2); break;
-      default: RTL_COLUMNS(2, 0, (R == 1 ? 2 : 1)); break;
+      case 1: RTL_COLUMNS(1, 0, 4); break;
+      case 2: RTL_COLUMNS(2, 0, (R == 1 ? 4 : 2)); break;
+      case 3: RTL_COLUMNS(3, 0, (R == 1 ? 4 : 2)); break;
+      case 4: RTL_COLUMNS(4, 0, (R == 1 ? 2 : 1)); break;
+      case 5: RTL_COLUMNS(5, 0, (R == 1 ? 2 : 1)); break;
+      default: RTL_COLUMNS(6, 0, (R == 1 ? 2 : 1)); break;
 #endif
     }
   }
@@ -374,10 +460,10 @@ void multiply_list_cut(const Multiply<T>& m, int64_t take, const T* x, T* y) {
 #else
       case 1: RTL_COLUMNS(1, 0, 4); break;
       case 2: RTL_COLUMNS(2, 0, 4); break;
-      case 3: RTL_COLUMNS(3, 0, 2); break;
+      case 3: RTL_COLUMNS(3, 0, 4); break;
       case 4: RTL_COLUMNS(4, 0, 2); break;
-      case 5: RTL_COLUMNS(5, 0, 1); break;
-      default: RTL_COLUMNS(6, 0, 1); break;
+      case 5: RTL_COLUMNS(5, 0, 2); break;
+      default: RTL_COLUMNS(6, 0, 2); break;
 #endif
     }
 #undef RTL_COLUMNS
@@ -392,7 +478,7 @@ void multiply(const Multiply<T>& m) {
     const int64_t left = m.columns - c;
     // 7 or 8 vectors go as 4 + 3 or 4 + 4: 6 + 1 would leave a lone vector that waits for its own sums. A single row has
     // registers for 16.
-    int64_t take = left <= kVectors * L ? left : kVectors == 6 && left <= 8 * L ? 4 * L : kVectors * L;
+    int64_t take = left <= kVectors * L ? left : left <= 8 * L ? 4 * L : kVectors * L;
     if (single && RTL_VECTOR_BYTES == 64 && left >= 16 * L) take = 16 * L;
     if (lists) {
       // So many that a tile of the inputs stays in L2 beside all else, in as many equal parts as that takes.
@@ -568,7 +654,7 @@ RTL_INLINE void block_dots(const Correlate<T>& m, int64_t start, const T* dy, T*
   constexpr int L = Vector<T>::lanes, R = __builtin_popcount(P);
   typedef typename Vector<T>::type V;
   // The lanes of as many sums as there are lanes are added up together, where most of those places are filled.
-  constexpr bool kTogether = L == 16 && Q * R <= L && Q * R >= 6;
+  constexpr bool kTogether = L >= 8 && Q * R <= L && Q * R * 8 >= L * 3;
   V sum[kTogether ? L : Q * R];
   const T* x[Q];
 #pragma GCC unroll 16
@@ -626,7 +712,11 @@ __attribute__((noinline)) void correlate_bucket(const Correlate<T>& m, int64_t s
   }
   if (count & 2) block_dots<T, 2, P, Table>(m, start, dy, g, index), index += 2;
 #else
-  for (; count >= 2; count -= 2, index += 2) block_dots<T, 2, P, Table>(m, start, dy, g, index);
+  // 8 sums of single rows, 12 of pairs.
+  constexpr int Q = P == 3 ? 6 : 8;
+  for (; count >= Q; count -= Q, index += Q) block_dots<T, Q, P, Table>(m, start, dy, g, index);
+  if (count & 4) block_dots<T, 4, P, Table>(m, start, dy, g, index), index += 4;
+  if (count & 2) block_dots<T, 2, P, Table>(m, start, dy, g, index), index += 2;
 #endif
   if (count & 1) block_dots<T, 1, P, Table>(m, start, dy, g, index);
 }
@@ -636,14 +726,16 @@ void correlate_blocks(const Correlate<T>& m) {
   for (int64_t t = 0; t < m.kept.tiles; ++t) {
     const int64_t start = t * m.kept.tile_inputs;
     for (int64_t b = m.first_block; b < m.end_block; ++b) {
-      const uint32_t* counts = m.kept.counts + (t * m.kept.blocks + b) * 16;
+      const uint32_t* counts = m.kept.counts + ((t * m.kept.blocks + b) << m.kept.block_rows);
       const uint16_t* index = m.kept.index + counts[0];
       const T* dy = m.dy + b * m.kept.block_rows * m.dy_row;
       T* g = m.g + b * m.kept.block_rows * m.g_row;
 #define RTL_BUCKET(P) correlate_bucket<T, P, Table>(m, start, dy, g, index, counts[P]), index += counts[P]
       RTL_BUCKET(1);
+      if (m.kept.block_rows == 1) continue;
       RTL_BUCKET(2);
       RTL_BUCKET(3);
+#if RTL_REGISTERS >= 32
       RTL_BUCKET(4);
       RTL_BUCKET(5);
       RTL_BUCKET(6);
@@ -656,6 +748,7 @@ void correlate_blocks(const Correlate<T>& m) {
       RTL_BUCKET(13);
       RTL_BUCKET(14);
       RTL_BUCKET(15);
+#endif
 #undef RTL_BUCKET
     }
   }
@@ -1400,7 +1493,7 @@ namespace RTL_LEVEL {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kVectors * Vector<T>::lanes, kListVectors * Vector<T>::lanes, kPair,
+  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kBlockRows, kVectors * Vector<T>::lanes, kListVectors * Vector<T>::lanes, kPair,
           kOuterRows, kOuterVectors * Vector<T>::lanes,
           multiply<T>, convolve<T>, correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>,
           kQuarters<T, true>, kQuarters<T, false>, split<T>, filter<T>, kFlat<T>, kFlatDots<T>, add<T>,

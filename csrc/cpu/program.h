@@ -28,7 +28,7 @@ class Programs {
         parts_.push_back({counts, entries, kept.tiles});
         for (int64_t b = 0; b < kept.tiles * kept.blocks; ++b)
           for (int64_t pattern = 1; pattern <= patterns(); ++pattern)
-            entries += kept.counts[b * 16 + pattern] * size(pattern);
+            entries += kept.counts[b * (patterns() + 1) + pattern] * size(pattern);
         counts += kept.tiles * kept.blocks * patterns();
       }
     counts_.resize(counts);
@@ -47,13 +47,13 @@ class Programs {
  private:
   static constexpr int64_t kHead = sizeof(int64_t) / sizeof(T);
 
-  int64_t patterns() const { return block_rows_ == 1 ? 1 : 15; }
+  int64_t patterns() const { return (int64_t(1) << block_rows_) - 1; }
   static int64_t size(int64_t pattern) { return kHead + __builtin_popcount(unsigned(pattern)); }
 
   void part(const Kept& kept, int64_t w_row, const Offset* table, const T* weight, uint32_t*& count, T*& entry) const {
     for (int64_t tile = 0; tile < kept.tiles; ++tile, table += kept.tile_inputs)
       for (int64_t block = 0; block < kept.blocks; ++block) {
-        const uint32_t* counts = kept.counts + (tile * kept.blocks + block) * 16;
+        const uint32_t* counts = kept.counts + (tile * kept.blocks + block) * (patterns() + 1);
         const uint16_t* index = kept.index + counts[0];
         const T* rows = weight + block * kept.block_rows * w_row;
         for (unsigned pattern = 1; pattern <= patterns(); ++pattern) {

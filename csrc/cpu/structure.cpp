@@ -13,16 +13,20 @@
 namespace rtl_kernels {
 namespace {
 
+int64_t block_rows() { return kernels<float>().block_rows; }
+
 // Inputs a tile, at most. Long buckets keep the 15 loops of a block predictable, short tiles keep the inputs in L1: the
 // sparser the mask the longer, since a block then touches each input less often.
 //
 //   one tap        four rows   320 where the mask keeps 35 % or more, else 512
-//   several taps   four rows   288: neighbouring taps read the same columns, of 32 channels where there are 9
+//                  two rows    128                                         192: half as many rows share a load
+//   several taps   blocks      288: neighbouring taps read the same columns, of 32 channels where there are 9
 //                  one row     144: it holds 16 vectors of columns, where four rows hold 6
 int64_t tile_inputs(const Plan& plan, int64_t kept, bool single) {
   const int64_t inputs = std::max<int64_t>(1, plan.channels * plan.taps);
   const int64_t weights = plan.groups * plan.rows * inputs;
-  const int64_t most = plan.taps > 1 ? (single ? 144 : 288) : kept * 100 >= weights * 35 ? 320 : 512;
+  const bool dense = kept * 100 >= weights * 35;
+  const int64_t most = plan.taps > 1 ? (single ? 144 : 288) : block_rows() == 4 ? (dense ? 320 : 512) : dense ? 128 : 192;
   const int64_t tiles = (inputs + most - 1) / most;
   return (inputs + tiles - 1) / tiles;
 }
@@ -45,8 +49,9 @@ std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words
   // One row at a time reads an input for every multiply-add, but has a long loop where 15 have two or three inputs each.
   const bool single = kind != Kind::kBlocks && plan.taps > 1 && s.kept * 100 < plan.groups * plan.group_weights() * 15;
   s.tile_inputs = tile_inputs(plan, s.kept, single);
-  // Fewer than 6 inputs a row on average (and phase): see kBlockRows.
-  s.block_rows = single || s.kept < 6 * plan.groups * plan.rows * int64_t(plan.phases.size()) ? 1 : kBlockRows;
+  // Fewer than 6 inputs a row on average (and phase): see kernels.h.
+  s.block_rows = single || s.kept < 6 * plan.groups * plan.rows * int64_t(plan.phases.size()) ? 1 : block_rows();
+  const int64_t patterns = int64_t(1) << s.block_rows;
   const int64_t blocks = (plan.rows + s.block_rows - 1) / s.block_rows;
   std::vector<uint8_t> pattern(s.tile_inputs);
   for (int64_t group = 0; group < plan.groups; ++group) {
@@ -81,9 +86,9 @@ std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words
           if (start > INT64_C(0xffffffff)) throw std::length_error("a mask keeps more than 2^32 inputs of a group");
           uint32_t next[16];
           uint32_t total = 0;
-          for (int p = 1; p < 16; ++p) next[p] = total, total += counts[p];
+          for (int64_t p = 1; p < patterns; ++p) next[p] = total, total += counts[p];
           counts[0] = uint32_t(start);
-          s.counts.insert(s.counts.end(), counts, counts + 16);
+          s.counts.insert(s.counts.end(), counts, counts + patterns);
           s.index.resize(s.index.size() + total);
           uint16_t* index = s.index.data() + part.index + start;
           for (int64_t j = 0; j < count; ++j)

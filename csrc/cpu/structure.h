@@ -1,4 +1,4 @@
-// A mask compiled for one plan: for every block of four output rows, which inputs it keeps, bucketed by pattern.
+// A mask compiled for one plan: for every block of output rows, which inputs it keeps, bucketed by pattern.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,7 @@ struct Structure {
 // ones where `words` is null. Kept from call to call: found by the words' address and CHECKED against a copy of the bits,
 // so that a mask changed in place, by whatever means, or another one at a freed mask's address is compiled anew. The
 // check reads 1/32 of the mask's weights' bytes. Bounded: RTL_KERNELS_CACHE_MB, 1024 if unset, of
-// the least recently used go. A structure takes 2 bytes for each (block of four rows, input) that keeps anything.
+// the least recently used go. A structure takes 2 bytes for each (block of rows, input) that keeps anything.
 std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row,
                                               Kind kind = Kind::kBuckets);
 

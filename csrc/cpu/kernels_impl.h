@@ -1279,48 +1279,70 @@ RTL_INLINE void store_first(T* y, typename Vector<T>::type v, int64_t count) {
   some(Int<1>());
 }
 
-template <class T, int H>
+// H rows of V vectors.
+template <class T, int H, int V>
 RTL_INLINE void filter_rows(const Filter<T>& m, int64_t h, int64_t w) {
-  typename Vector<T>::type sum[H];
+  constexpr int L = Vector<T>::lanes;
+  typename Vector<T>::type sum[H][V];
 #pragma GCC unroll 8
-  for (int r = 0; r < H; ++r) sum[r] = splat(m.bias);
+  for (int r = 0; r < H; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[r][v] = splat(m.bias);
   const T* x = m.x + h * m.x_row + w;
   for (int64_t t = 0; t < m.taps; ++t) {
     const typename Vector<T>::type value = splat(m.weights[t]);
     const T* at = x + m.at[t];
 #pragma GCC unroll 8
-    for (int r = 0; r < H; ++r) sum[r] += value * load(at + r * m.x_row);
+    for (int r = 0; r < H; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] += value * load(at + r * m.x_row + v * L);
   }
   if (m.relu) {
 #pragma GCC unroll 8
-    for (int r = 0; r < H; ++r) sum[r] = relu(sum[r]);
+    for (int r = 0; r < H; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] = relu(sum[r][v]);
   }
   T* y = m.y + h * m.y_row + w;
   if (m.stream) {
 #pragma GCC unroll 8
-    for (int r = 0; r < H; ++r) stream(y + r * m.y_row, sum[r]);
+    for (int r = 0; r < H; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) stream(y + r * m.y_row + v * L, sum[r][v]);
   } else {
     // A row narrower than a vector goes out as one: the row below overwrites what is too much, but for the last one.
-    const bool last = m.width < Vector<T>::lanes && h + H == m.height;
+    const bool last = m.width < L && h + H == m.height;
 #pragma GCC unroll 8
-    for (int r = 0; r + 1 < H; ++r) store(y + r * m.y_row, sum[r]);
+    for (int r = 0; r < H; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v)
+        if (r + 1 < H || v + 1 < V) store(y + r * m.y_row + v * L, sum[r][v]);
     if (last)
-      store_first(y + (H - 1) * m.y_row, sum[H - 1], m.width);
+      store_first(y + (H - 1) * m.y_row, sum[H - 1][V - 1], m.width);
     else
-      store(y + (H - 1) * m.y_row, sum[H - 1]);
+      store(y + (H - 1) * m.y_row + (V - 1) * L, sum[H - 1][V - 1]);
   }
 }
 
 template <class T>
 void filter(const Filter<T>& m) {
   constexpr int L = Vector<T>::lanes;
-  for (int64_t w = 0; w < m.width; w += L) {
+  int64_t w = 0;
+#if RTL_VECTOR_BYTES == 32
+  // A cache line at a time: halves of one that go past the caches one after the other go as two.
+  for (; w + 2 * L <= m.width; w += 2 * L) {
+    int64_t h = 0;
+    for (; h + 4 <= m.height; h += 4) filter_rows<T, 4, 2>(m, h, w);
+    for (; h < m.height; ++h) filter_rows<T, 1, 2>(m, h, w);
+  }
+#endif
+  for (; w < m.width; w += L) {
     // The last vector of a row that is not a multiple of them begins earlier.
     const int64_t from = w + L > m.width && m.width > L ? m.width - L : w;
     int64_t h = 0;
-    for (; h + 8 <= m.height; h += 8) filter_rows<T, 8>(m, h, from);
-    for (; h + 4 <= m.height; h += 4) filter_rows<T, 4>(m, h, from);
-    for (; h < m.height; ++h) filter_rows<T, 1>(m, h, from);
+    for (; h + 8 <= m.height; h += 8) filter_rows<T, 8, 1>(m, h, from);
+    for (; h + 4 <= m.height; h += 4) filter_rows<T, 4, 1>(m, h, from);
+    for (; h < m.height; ++h) filter_rows<T, 1, 1>(m, h, from);
   }
 }
 

@@ -32,10 +32,9 @@ class Runner {
     in_ = plan.in[0] * plan.in[1];
     out_ = plan.out[0] * plan.out[1];
     if (Reads::suit(plan, k_, std::min<int64_t>(64, 8 * k_.lanes))) reads_ = std::make_unique<Reads>(plan, k_.lanes);
-    const int64_t row = plan.groups * plan.rows * out_ * int64_t(sizeof(T)), vector = k_.lanes * int64_t(sizeof(T));
+    const int64_t row = plan.groups * plan.rows * out_ * int64_t(sizeof(T));
     large_ = row * batch.offsets[batch.masks + 1] * batch.inner >= kStream && !call.residual;
-    stream_ = large_ && row % vector == 0 && call.y_row * int64_t(sizeof(T)) % vector == 0 &&
-              reinterpret_cast<uintptr_t>(call.y) % vector == 0;
+    stream_ = large_ && row % 64 == 0 && call.y_row % kLine == 0 && reinterpret_cast<uintptr_t>(call.y) % 64 == 0;
     far_ = plan.groups * plan.channels * in_ * batch.offsets[batch.masks + 1] * batch.inner * int64_t(sizeof(T)) >= kFar;
     for (int64_t g = 0; g <= batch.masks; ++g) {
       const int64_t start = batch.offsets[g] * batch.inner, stop = batch.offsets[g + 1] * batch.inner;
@@ -426,7 +425,7 @@ class Runner {
         job_.after(segment, g).to(m);
         m.rows = plan_.rows;
         m.y_row = pixels;
-        m.stream = job_.stream_ && m.kept.tiles == 1;
+        m.stream = job_.stream_ && m.kept.tiles == 1 && pixels % kLine == 0;
         for (int64_t c = 0; c < pixels; c += m.columns) {
           m.columns = std::min(most, pixels - c);
           if (copied) k_.copy({x + c, pixels, 1, copy, m.columns, 1, channels, m.columns});
@@ -479,7 +478,7 @@ class Runner {
         y[s] = job_.output(unit.start + s);
       }
       k_.flat({x, y, unit.count, plan_.groups, job_.out_, flat_.taps.data(), flat_.first.data(), after.bias, after.relu,
-               job_.stream_ && job_.out_ % k_.lanes == 0});
+               job_.stream_ && job_.out_ % kLine == 0});
       job_.add_residual(unit, 0, plan_.groups, 0, job_.out_);
     }
 
@@ -510,7 +509,7 @@ class Runner {
       m.height = end - begin;
       m.width = phase.end[1] - phase.begin[1];
       m.relu = after.relu;
-      m.stream = job_.stream_ && m.y_row % k_.lanes == 0 && m.width == m.y_row;
+      m.stream = job_.stream_ && m.y_row % kLine == 0 && m.width == m.y_row;
       const int64_t channel = unit.strip.channel(plan_), out = job_.out_;
       const T* const x = job_.input(unit.start);
       T* const y = job_.output(unit.start) + (begin + phase.shift[0]) * m.y_row + phase.begin[1] + phase.shift[1];
@@ -759,7 +758,7 @@ class Runner {
         for (int64_t s = 0; s < here; ++s) to[s] = job_.output(unit.start + lane + s) + first;
         Lanes<T> m{to, here, joined_ * pixels_, y, place_.data() + lane / L * joined_ * pixels_};
         m.planes = rows / joined_;
-        m.stream = job_.stream_ && first % L == 0 && m.length % L == 0 && (m.planes == 1 || job_.out_ % L == 0);
+        m.stream = job_.stream_ && first % kLine == 0 && m.length % kLine == 0 && (m.planes == 1 || job_.out_ % kLine == 0);
         m.row_step = job_.out_;
         m.lanes_step = y_row_;
         k_.from_lanes(m);
@@ -830,12 +829,13 @@ class Runner {
   const Kernels<T>& k_;
   // Outputs of this many bytes are not in the caches when they are read next.
   static constexpr int64_t kStream = int64_t(16) << 20;
+  static constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // elements of a cache line
   // Inputs of kFar bytes lie beyond L2, in which kAhead are room enough for what is fetched ahead.
   static constexpr int64_t kFar = int64_t(2) << 20, kAhead = int64_t(128) << 10;
 
   int64_t in_, out_;
   std::unique_ptr<Reads> reads_;  // of a layer that is taken flat
-  bool large_ = false, stream_ = false, far_ = false;  // stream_: and all of its planes in whole vectors
+  bool large_ = false, stream_ = false, far_ = false;  // stream_: and every sample in whole cache lines
   std::vector<Segment> segments_;
   std::vector<Unit> units_;
 };

@@ -49,7 +49,7 @@ struct Multiply {
   T* y;
   int64_t y_row;
   int64_t columns;      // a multiple of the granule
-  bool stream;          // y goes past the caches: all of it is aligned to whole vectors, and there is one tile
+  bool stream;          // y goes past the caches: all of it is aligned to whole cache lines, and there is one tile
   // What is needed next: the first `ahead_lines` cache lines from each of some addresses are fetched, a few with every
   // block of rows, from line `ahead_from` to `ahead_to`, counted address by address. Null: nothing is.
   const T* const* ahead;
@@ -176,7 +176,7 @@ struct Lanes {
   int64_t length;
   T* lanes_at;
   const int64_t* place;
-  bool stream = false;  // rows written go past the caches: they are aligned to whole vectors
+  bool stream = false;  // rows written go past the caches: they are whole cache lines
   int64_t planes = 1;
   int64_t row_step = 0;
   int64_t lanes_step = 0;
@@ -245,7 +245,7 @@ struct Filter {
   int64_t y_row;
   int64_t height;
   int64_t width;  // x is readable up to a whole vector past it
-  bool stream;    // y goes past the caches: its rows are aligned to whole vectors, and whole
+  bool stream;    // y goes past the caches: its rows are whole cache lines
 };
 
 // A tap that a channel's filter keeps: pixel p of a plane reads pixel p + at of the input, where bit p mod lanes of
@@ -271,7 +271,7 @@ struct Flat {
   const int64_t* first;
   const T* bias;  // or null
   bool relu;
-  bool stream;  // y goes past the caches: planes are aligned to whole vectors, and whole
+  bool stream;  // y goes past the caches: planes are whole cache lines
 };
 
 // g[tap] += Σ_samples Σ_p dy[p] · x[p + at] of one channel, for `count` taps.

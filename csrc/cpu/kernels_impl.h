@@ -44,6 +44,9 @@ RTL_INLINE void stream(T* p, typename Vector<T>::type v) {
 RTL_INLINE void fence() {}
 #endif
 
+// Vectors of a cache line: what goes past the caches goes in whole ones.
+constexpr int kLineVectors = 64 / RTL_VECTOR_BYTES;
+
 // A vector that several instructions use, kept in a register: GCC would load it anew for each of them, and loads are what
 // the kernels wait for.
 template <class V>
@@ -1075,18 +1078,22 @@ void to_lanes(const Lanes<T>& m) {
   }
 }
 
+// Elements e, … of every lane, turned back into vectors of their rows.
+template <class T>
+RTL_INLINE void turn_back(const Lanes<T>& m, int64_t e, const T* lanes_at, typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+  constexpr int L = Vector<T>::lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = load(lanes_at + m.place[e + i]);
+  transpose<T>(v);
+}
+
 template <class T>
 RTL_INLINE void from_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const T* lanes_at) {
   constexpr int L = Vector<T>::lanes;
   typedef typename Vector<T>::type V;
   V v[L];
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) v[i] = load(lanes_at + m.place[e + i]);
-  transpose<T>(v);
-  if (m.count == L && m.stream) {
-#pragma GCC unroll 16
-    for (int s = 0; s < L; ++s) stream(m.rows[s] + row + e, v[s]);
-  } else if (m.count == L) {
+  turn_back(m, e, lanes_at, v);
+  if (m.count == L) {
 #pragma GCC unroll 16
     for (int s = 0; s < L; ++s) store(m.rows[s] + row + e, v[s]);
   } else {
@@ -1097,12 +1104,29 @@ RTL_INLINE void from_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const T
   }
 }
 
+// Past the caches, in whole cache lines: halves of one, others between them, would go as two.
+template <class T>
+RTL_INLINE void stream_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const T* lanes_at) {
+  constexpr int L = Vector<T>::lanes;
+  typename Vector<T>::type line[kLineVectors][L];
+#pragma GCC unroll 4
+  for (int v = 0; v < kLineVectors; ++v) turn_back(m, e + v * L, lanes_at, line[v]);
+#pragma GCC unroll 16
+  for (int s = 0; s < L; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < kLineVectors; ++v) stream(m.rows[s] + row + e + v * L, line[v][s]);
+}
+
 template <class T>
 void from_lanes(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
   for (int64_t plane = 0; plane < m.planes; ++plane) {
     const int64_t row = plane * m.row_step;
     const T* lanes_at = m.lanes_at + plane * m.lanes_step;
+    if (m.stream && m.count == L) {
+      for (int64_t e = 0; e < m.length; e += kLineVectors * L) stream_lanes_at(m, row, e, lanes_at);
+      continue;
+    }
     if (m.length >= L) {
       for (int64_t e = 0; e + L <= m.length; e += L) from_lanes_at(m, row, e, lanes_at);
       if (m.length % L) from_lanes_at(m, row, m.length - L, lanes_at);

@@ -83,7 +83,7 @@ class Runner {
     if (!plan_.linear() || plan_.scatter || count > 24) return false;
     if (count <= 4 || segment.mask < 0) return count <= 8;
     const int64_t weights = plan_.groups * plan_.group_weights();
-    if (count > 8 && weights * int64_t(sizeof(T)) < (int64_t(4) << 20)) return false;
+    if (count > 8 && (k_.block_rows < 4 || weights * int64_t(sizeof(T)) < (int64_t(4) << 20))) return false;
     return kept(segment) >= 0.45;
   }
 
@@ -97,7 +97,7 @@ class Runner {
   // Rows are taken one by one where little is kept and samples or inputs are few: entering buckets is then most of the
   // work. With more of both the inputs lie beyond L1, which blocks of rows load less often.
   bool lists(const Segment& segment) const {
-    return plan_.linear() && (segment.stop - segment.start <= 64 || plan_.channels <= 256) && segment.mask >= 0 &&
+    return plan_.linear() && (k_.block_rows == 4 ? segment.stop - segment.start <= 64 || plan_.channels <= 256 : segment.stop - segment.start <= 2 * k_.lanes) && segment.mask >= 0 &&
            plan_.channels <= 65536 && plan_.group_weights() <= INT64_C(0xffffffff) && kept(segment) <= 0.18;
   }
 

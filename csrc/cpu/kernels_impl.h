@@ -585,9 +585,7 @@ RTL_INLINE void transpose_step(typename Vector<T>::type (&v)[Vector<T>::lanes]) 
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) {
     if (!(i & D)) {
-      if constexpr (L == 8)
-        swap_blocks<V, L, D, 0, 1, 2, 3, 4, 5, 6, 7>(v[i], v[i + D]);
-      else if constexpr (L == 4)
+      if constexpr (L == 4)
         swap_blocks<V, L, D, 0, 1, 2, 3>(v[i], v[i + D]);
       else
         swap_blocks<V, L, D, 0, 1>(v[i], v[i + D]);
@@ -615,10 +613,28 @@ RTL_INLINE void transpose(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
       const V c = RTL_LOW(t[q + 2], t[q + 3]), d = RTL_HIGH(t[q + 2], t[q + 3]);
       v[q] = RTL_LOW2(a, c), v[q + 1] = RTL_HIGH2(a, c), v[q + 2] = RTL_LOW2(b, d), v[q + 3] = RTL_HIGH2(b, d);
     }
+  } else if constexpr (L == 8) {
+    typedef typename Vector<T>::type V;
+    V t[8];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      t[j] = __builtin_shufflevector(v[j], v[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+      t[4 + j] = __builtin_shufflevector(v[j], v[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#pragma GCC unroll 2
+    for (int q = 0; q < 8; q += 4) {
+      const V a = __builtin_shufflevector(t[q], t[q + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+      const V b = __builtin_shufflevector(t[q], t[q + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+      const V c = __builtin_shufflevector(t[q + 2], t[q + 3], 0, 8, 1, 9, 4, 12, 5, 13);
+      const V d = __builtin_shufflevector(t[q + 2], t[q + 3], 2, 10, 3, 11, 6, 14, 7, 15);
+      v[q] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+      v[q + 1] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+      v[q + 2] = __builtin_shufflevector(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
+      v[q + 3] = __builtin_shufflevector(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
   } else {
     transpose_step<T, 1>(v);
     if constexpr (L > 2) transpose_step<T, 2>(v);
-    if constexpr (L > 4) transpose_step<T, 4>(v);
   }
 }
 
@@ -1038,10 +1054,12 @@ template <class T>
 RTL_INLINE void to_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, T* lanes_at) {
   constexpr int L = Vector<T>::lanes;
   typedef typename Vector<T>::type V;
+  const int64_t* const place = m.place + e;
   V v[L];
   if (m.count == L) {
+    T* const* const rows = m.rows;
 #pragma GCC unroll 16
-    for (int s = 0; s < L; ++s) v[s] = load(m.rows[s] + row + e);
+    for (int s = 0; s < L; ++s) v[s] = load(rows[s] + row + e);
   } else {
     V some[L];
     for (int s = 0; s < m.count; ++s) some[s] = load(m.rows[s] + row + e);
@@ -1051,7 +1069,7 @@ RTL_INLINE void to_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, T* lanes_
   }
   transpose<T>(v);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store(lanes_at + m.place[e + i], v[i]);
+  for (int i = 0; i < L; ++i) store(lanes_at + place[i], v[i]);
 }
 
 template <class T>
@@ -1082,8 +1100,9 @@ void to_lanes(const Lanes<T>& m) {
 template <class T>
 RTL_INLINE void turn_back(const Lanes<T>& m, int64_t e, const T* lanes_at, typename Vector<T>::type (&v)[Vector<T>::lanes]) {
   constexpr int L = Vector<T>::lanes;
+  const int64_t* const place = m.place + e;
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) v[i] = load(lanes_at + m.place[e + i]);
+  for (int i = 0; i < L; ++i) v[i] = load(lanes_at + place[i]);
   transpose<T>(v);
 }
 
@@ -1093,9 +1112,10 @@ RTL_INLINE void from_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const T
   typedef typename Vector<T>::type V;
   V v[L];
   turn_back(m, e, lanes_at, v);
+  T* const* const rows = m.rows;
   if (m.count == L) {
 #pragma GCC unroll 16
-    for (int s = 0; s < L; ++s) store(m.rows[s] + row + e, v[s]);
+    for (int s = 0; s < L; ++s) store(rows[s] + row + e, v[s]);
   } else {
     V some[L];
 #pragma GCC unroll 16
@@ -1111,10 +1131,11 @@ RTL_INLINE void stream_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const
   typename Vector<T>::type line[kLineVectors][L];
 #pragma GCC unroll 4
   for (int v = 0; v < kLineVectors; ++v) turn_back(m, e + v * L, lanes_at, line[v]);
+  T* const* const rows = m.rows;
 #pragma GCC unroll 16
   for (int s = 0; s < L; ++s)
 #pragma GCC unroll 4
-    for (int v = 0; v < kLineVectors; ++v) stream(m.rows[s] + row + e + v * L, line[v][s]);
+    for (int v = 0; v < kLineVectors; ++v) stream(rows[s] + row + e + v * L, line[v][s]);
 }
 
 template <class T>

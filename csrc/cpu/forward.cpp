@@ -43,7 +43,8 @@ class Runner {
       segments_.push_back({g - 1, start, stop, nullptr});
       if (!reads_ && !depthwise() && !few(segments_.back()))
         segments_.back().structure =
-            structure_of(plan, words, masks.row_words, lists(segments_.back()) ? Kind::kLists : Kind::kBuckets);
+            structure_of(plan, words, masks.row_words, lists(segments_.back()) ? Kind::kLists : Kind::kBuckets,
+                         plan.linear() ? std::min<int64_t>((stop - start + k_.lanes - 1) / k_.lanes, 6) : 6);
       divide(int64_t(segments_.size()) - 1);
     }
     const auto is_few = [](const Unit& unit) { return unit.path == Path::kFew; };
@@ -257,15 +258,13 @@ class Runner {
     Scratch all;
     T* x = all.take<T>(at.back());
     parallel(int64_t(units_.size()), [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> place(channels);
       for (int64_t u = begin; u < end; ++u) {
         const Unit& unit = units_[u];
-        for (int64_t c = 0; c < channels; ++c) place[c] = c * unit.strip.samples;
         for (int64_t lane = 0; lane < unit.strip.samples; lane += L) {
           const int64_t here = std::min(L, unit.count - lane);
           T* from[64];
           for (int64_t s = 0; s < here; ++s) from[s] = const_cast<T*>(input(unit.start + lane + s));
-          k_.to_lanes({from, here, channels, x + at[u] + lane, place.data()});
+          k_.to_lanes({from, here, channels, x + at[u] + lane, nullptr, unit.strip.samples});
         }
       }
     });
@@ -281,7 +280,6 @@ class Runner {
     const int64_t chunks = (plan_.rows + rows - 1) / rows;
     parallel(chunks, [&](int64_t begin, int64_t end) {
       Scratch turned, results;
-      std::vector<int64_t> place(rows);
       std::vector<const T*> ahead;
       T* y = results.take<T>(rows * at.back() / std::max<int64_t>(1, channels));
       for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -323,13 +321,11 @@ class Runner {
         }
         for (size_t u = 0; u < units_.size(); ++u) {
           const Unit& unit = units_[u];
-          const int64_t columns = unit.strip.samples;
-          for (int64_t r = 0; r < here; ++r) place[r] = r * columns;
           for (int64_t lane = 0; lane < unit.count; lane += L) {
             T* to[64];
             const int64_t count = std::min(L, unit.count - lane);
             for (int64_t s = 0; s < count; ++s) to[s] = output(unit.start + lane + s) + row;
-            k_.from_lanes({to, count, here, y + at[u] / std::max<int64_t>(1, channels) * rows + lane, place.data()});
+            k_.from_lanes({to, count, here, y + at[u] / std::max<int64_t>(1, channels) * rows + lane, nullptr, unit.strip.samples});
           }
           add_residual(unit, row, here, 0, 1);
         }
@@ -370,13 +366,11 @@ class Runner {
   // Rows [0, rows) of a scatter's weight, which lie across it, one after the other.
   void turn(const T* from, int64_t rows, T* to) const {
     const int64_t L = k_.lanes, channels = plan_.channels, stride = plan_.channel_stride();
-    std::vector<int64_t> place(rows);
-    for (int64_t r = 0; r < rows; ++r) place[r] = r * channels;
     int64_t c = 0;
     for (; c + L <= channels; c += L) {
       T* lines[64];
       for (int64_t l = 0; l < L; ++l) lines[l] = const_cast<T*>(from + (c + l) * stride);
-      k_.to_lanes({lines, L, rows, to + c, place.data()});
+      k_.to_lanes({lines, L, rows, to + c, nullptr, channels});
     }
     for (; c < channels; ++c)
       for (int64_t r = 0; r < rows; ++r) to[r * channels + c] = from[c * stride + r];
@@ -701,6 +695,11 @@ class Runner {
       const std::array<int64_t, 5> key = {strip.first, strip.height, strip.samples, single, rows};
       if (key == lanes_key_) return;
       lanes_key_ = key;
+      if (plan_.linear()) {
+        y_row_ = strip.samples;
+        y_size_ = rows * y_row_;
+        return;
+      }
       const int64_t L = k_.lanes, each = strip.samples / L, line = plan_.plane_width() * strip.unit();
       const int64_t above = strip.first * plan_.phases[0].step[0] + plan_.phases[0].shift[0];
       top_ = std::max<int64_t>(0, above);
@@ -751,11 +750,15 @@ class Runner {
     }
 
     void unpack_lanes(const Unit& unit, T* y, int64_t row, int64_t rows) {
-      const int64_t L = k_.lanes, first = row * job_.out_ + top_ * plan_.out[1];
+      const int64_t L = k_.lanes, first = row * job_.out_ + (plan_.linear() ? 0 : top_ * plan_.out[1]);
       T* to[64];
       for (int64_t lane = 0; lane < unit.count; lane += L) {
         const int64_t here = std::min<int64_t>(L, unit.count - lane);
         for (int64_t s = 0; s < here; ++s) to[s] = job_.output(unit.start + lane + s) + first;
+        if (plan_.linear()) {
+          k_.from_lanes({to, here, rows, y + lane, nullptr, y_row_, job_.stream_ && first % kLine == 0 && rows % kLine == 0});
+          continue;
+        }
         Lanes<T> m{to, here, joined_ * pixels_, y, place_.data() + lane / L * joined_ * pixels_};
         m.planes = rows / joined_;
         m.stream = job_.stream_ && first % kLine == 0 && m.length % kLine == 0 && (m.planes == 1 || job_.out_ % kLine == 0);

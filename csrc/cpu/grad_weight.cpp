@@ -175,15 +175,13 @@ class Gradient {
     if (strip.lanes) {
       const bool whole = area == out_;
       const int64_t run = whole ? rows * area : area;
-      place_.resize(run);
-      for (int64_t e = 0; e < run; ++e) place_[e] = e * strip.samples;
       T* from[64];
       for (int64_t lane = 0; lane < strip.samples; lane += k_.lanes) {
         const int64_t here = std::max<int64_t>(0, std::min<int64_t>(k_.lanes, count - lane));
         for (int64_t r = 0; r < (whole ? 1 : rows); ++r) {
           for (int64_t s = 0; s < here; ++s)
             from[s] = const_cast<T*>(output(start + lane + s)) + (g0 * plan_.rows + r) * out_ + strip.first * width;
-          k_.to_lanes({from, here, run, dy + r * dy_row + lane, place_.data()});
+          k_.to_lanes({from, here, run, dy + r * dy_row + lane, nullptr, strip.samples});
         }
       }
       return;
@@ -216,7 +214,6 @@ class Gradient {
   Strip strip_;
   std::vector<Offset> table_;
   std::vector<const T*> x_rows_;
-  std::vector<int64_t> place_;
 };
 
 // A pointwise layer's planes of up to four pixels, turned into rows of channels: over so few columns a dot product of

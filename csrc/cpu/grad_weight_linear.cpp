@@ -149,8 +149,6 @@ class LinearGradient {
   // Samples as lanes: (element, sample), samples rounded up to whole vectors.
   void to_lanes(const Piece& piece, int64_t length, bool of_x, int64_t group, T* to) const {
     const int64_t L = k_.lanes, columns = rounded(piece.count);
-    std::vector<int64_t> place(length);
-    for (int64_t e = 0; e < length; ++e) place[e] = e * columns;
     const auto row = [&](int64_t sample) {
       return (of_x ? input(piece.start + sample) : output(piece.start + sample)) + group * length;
     };
@@ -159,7 +157,7 @@ class LinearGradient {
       T* from[64];
       for (int64_t s = 0; s < here; ++s) from[s] = const_cast<T*>(row(lane + s));
       for (int64_t s = lane + L; s < std::min(lane + 2 * L, piece.count); ++s) fetch(row(s), length);
-      k_.to_lanes({from, here, length, to + lane, place.data()});
+      k_.to_lanes({from, here, length, to + lane, nullptr, columns});
     }
   }
 

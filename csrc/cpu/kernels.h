@@ -167,8 +167,8 @@ struct Few {
 };
 
 // Samples as lanes: `count` <= lanes rows of `length` elements <-> one vector of lanes for every element, at
-// `place[e]` elements from `lanes_at` (lanes past `count` are written as zeros, and not read). `planes` times, the rows
-// `row_step` further and the lanes `lanes_step` each time.
+// `place[e]` elements from `lanes_at`, or at e · step where place is null (lanes past `count` are written as zeros, and not
+// read). `planes` times, the rows `row_step` further and the lanes `lanes_step` each time.
 template <class T>
 struct Lanes {
   T* const* rows;
@@ -176,6 +176,7 @@ struct Lanes {
   int64_t length;
   T* lanes_at;
   const int64_t* place;
+  int64_t step = 0;
   bool stream = false;  // rows written go past the caches: they are whole cache lines
   int64_t planes = 1;
   int64_t row_step = 0;

@@ -1050,11 +1050,19 @@ void few(const Few<T>& m) {
 
 // ---- samples as lanes
 
-template <class T>
-RTL_INLINE void to_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, T* lanes_at) {
+// Where the lanes of an element lie.
+template <class T, bool Even>
+struct Place {
+  const int64_t* place;
+  int64_t step;
+  explicit Place(const Lanes<T>& m) : place(m.place), step(m.step) {}
+  RTL_INLINE int64_t operator()(int64_t e) const { return Even ? e * step : place[e]; }
+};
+
+template <class T, bool Even>
+RTL_INLINE void to_lanes_at(const Lanes<T>& m, const Place<T, Even> place, int64_t row, int64_t e, T* lanes_at) {
   constexpr int L = Vector<T>::lanes;
   typedef typename Vector<T>::type V;
-  const int64_t* const place = m.place + e;
   V v[L];
   if (m.count == L) {
     T* const* const rows = m.rows;
@@ -1069,12 +1077,13 @@ RTL_INLINE void to_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, T* lanes_
   }
   transpose<T>(v);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store(lanes_at + place[i], v[i]);
+  for (int i = 0; i < L; ++i) store(lanes_at + place(e + i), v[i]);
 }
 
-template <class T>
-void to_lanes(const Lanes<T>& m) {
+template <class T, bool Even>
+RTL_INLINE void to_lanes_placed(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
+  const Place<T, Even> place(m);
   for (int64_t plane = 0; plane < m.planes; ++plane) {
     const int64_t row = plane * m.row_step;
     T* lanes_at = m.lanes_at + plane * m.lanes_step;
@@ -1083,35 +1092,39 @@ void to_lanes(const Lanes<T>& m) {
       const int count = plane + 1 < m.planes ? int(m.count) : 0;
       for (int64_t e = 0; e + L <= m.length; e += L) {
         for (int s = 0; s < count; ++s) __builtin_prefetch(m.rows[s] + row + m.row_step + e);
-        to_lanes_at(m, row, e, lanes_at);
+        to_lanes_at(m, place, row, e, lanes_at);
       }
-      if (m.length % L) to_lanes_at(m, row, m.length - L, lanes_at);
+      if (m.length % L) to_lanes_at(m, place, row, m.length - L, lanes_at);
       continue;
     }
     for (int64_t e = 0; e < m.length; ++e) {
       T part[L];
       for (int s = 0; s < L; ++s) part[s] = s < m.count ? m.rows[s][row + e] : T(0);
-      store(lanes_at + m.place[e], load(part));
+      store(lanes_at + place(e), load(part));
     }
   }
 }
 
-// Elements e, … of every lane, turned back into vectors of their rows.
 template <class T>
-RTL_INLINE void turn_back(const Lanes<T>& m, int64_t e, const T* lanes_at, typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+void to_lanes(const Lanes<T>& m) {
+  m.place ? to_lanes_placed<T, false>(m) : to_lanes_placed<T, true>(m);
+}
+
+// Elements e, … of every lane, turned back into vectors of their rows.
+template <class T, bool Even>
+RTL_INLINE void turn_back(const Place<T, Even> place, int64_t e, const T* lanes_at, typename Vector<T>::type (&v)[Vector<T>::lanes]) {
   constexpr int L = Vector<T>::lanes;
-  const int64_t* const place = m.place + e;
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) v[i] = load(lanes_at + place[i]);
+  for (int i = 0; i < L; ++i) v[i] = held(load(lanes_at + place(e + i)));
   transpose<T>(v);
 }
 
-template <class T>
-RTL_INLINE void from_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const T* lanes_at) {
+template <class T, bool Even>
+RTL_INLINE void from_lanes_at(const Lanes<T>& m, const Place<T, Even> place, int64_t row, int64_t e, const T* lanes_at) {
   constexpr int L = Vector<T>::lanes;
   typedef typename Vector<T>::type V;
   V v[L];
-  turn_back(m, e, lanes_at, v);
+  turn_back(place, e, lanes_at, v);
   T* const* const rows = m.rows;
   if (m.count == L) {
 #pragma GCC unroll 16
@@ -1120,17 +1133,17 @@ RTL_INLINE void from_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const T
     V some[L];
 #pragma GCC unroll 16
     for (int s = 0; s < L; ++s) some[s] = v[s];
-    for (int s = 0; s < m.count; ++s) store(m.rows[s] + row + e, some[s]);
+    for (int s = 0; s < m.count; ++s) store(rows[s] + row + e, some[s]);
   }
 }
 
 // Past the caches, in whole cache lines: halves of one, others between them, would go as two.
-template <class T>
-RTL_INLINE void stream_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const T* lanes_at) {
+template <class T, bool Even>
+RTL_INLINE void stream_lanes_at(const Lanes<T>& m, const Place<T, Even> place, int64_t row, int64_t e, const T* lanes_at) {
   constexpr int L = Vector<T>::lanes;
   typename Vector<T>::type line[kLineVectors][L];
 #pragma GCC unroll 4
-  for (int v = 0; v < kLineVectors; ++v) turn_back(m, e + v * L, lanes_at, line[v]);
+  for (int v = 0; v < kLineVectors; ++v) turn_back(place, e + v * L, lanes_at, line[v]);
   T* const* const rows = m.rows;
 #pragma GCC unroll 16
   for (int s = 0; s < L; ++s)
@@ -1138,27 +1151,33 @@ RTL_INLINE void stream_lanes_at(const Lanes<T>& m, int64_t row, int64_t e, const
     for (int v = 0; v < kLineVectors; ++v) stream(rows[s] + row + e + v * L, line[v][s]);
 }
 
-template <class T>
-void from_lanes(const Lanes<T>& m) {
+template <class T, bool Even>
+RTL_INLINE void from_lanes_placed(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
+  const Place<T, Even> place(m);
   for (int64_t plane = 0; plane < m.planes; ++plane) {
     const int64_t row = plane * m.row_step;
     const T* lanes_at = m.lanes_at + plane * m.lanes_step;
     if (m.stream && m.count == L) {
-      for (int64_t e = 0; e < m.length; e += kLineVectors * L) stream_lanes_at(m, row, e, lanes_at);
+      for (int64_t e = 0; e < m.length; e += kLineVectors * L) stream_lanes_at(m, place, row, e, lanes_at);
       continue;
     }
     if (m.length >= L) {
-      for (int64_t e = 0; e + L <= m.length; e += L) from_lanes_at(m, row, e, lanes_at);
-      if (m.length % L) from_lanes_at(m, row, m.length - L, lanes_at);
+      for (int64_t e = 0; e + L <= m.length; e += L) from_lanes_at(m, place, row, e, lanes_at);
+      if (m.length % L) from_lanes_at(m, place, row, m.length - L, lanes_at);
       continue;
     }
     for (int64_t e = 0; e < m.length; ++e) {
       T part[L];
-      store(part, load(lanes_at + m.place[e]));
+      store(part, load(lanes_at + place(e)));
       for (int s = 0; s < m.count; ++s) m.rows[s][row + e] = part[s];
     }
   }
+}
+
+template <class T>
+void from_lanes(const Lanes<T>& m) {
+  m.place ? from_lanes_placed<T, false>(m) : from_lanes_placed<T, true>(m);
 }
 
 // Where planes are read one after the other, what comes 2 KiB later: the hardware's prefetchers stop at pages.

@@ -212,7 +212,7 @@ class Packer {
     // Whole planes of whole vectors leave no gaps to be zero.
     const int64_t whole = plan_.pointwise() && strip.lanes ? channels_ * strip.channel(plan_) : 0;
     std::memset(x_ + whole, 0, (size - whole) * sizeof(T));
-    if (!strip.lanes) return;
+    if (!strip.lanes || plan_.linear()) return;
     joined_from_ = nullptr;
     place_.clear();
     const int64_t* s = plan_.plane_stride;
@@ -241,6 +241,15 @@ class Packer {
 
   void pack_lanes(const T* const* rows, int64_t count, int64_t top, int64_t bottom) {
     const int64_t width = plan_.in[1], pixels = (bottom - top) * width, image = plan_.in[0] * width;
+    if (plan_.linear()) {
+      for (int64_t lane = 0; lane < strip_.samples; lane += k_.lanes) {
+        T* from[64];
+        const int64_t here = std::max<int64_t>(0, std::min<int64_t>(k_.lanes, count - lane));
+        for (int64_t s = 0; s < here; ++s) from[s] = const_cast<T*>(rows[lane + s]);
+        k_.to_lanes({from, here, channels_, x_ + lane, nullptr, strip_.channel(plan_)});
+      }
+      return;
+    }
     const int64_t* place = place_.data() + (top + plan_.lead[0] - strip_.first * plan_.plane_stride[0]) * width;
     // Planes of which a part of a vector would be left over follow one another, if all their rows are wanted.
     const bool join = pixels == image && pixels % k_.lanes;

@@ -20,13 +20,18 @@ int64_t block_rows() { return kernels<float>().block_rows; }
 //
 //   one tap        four rows   320 where the mask keeps 35 % or more, else 512
 //                  two rows    128                                         192: half as many rows share a load
+//                              256, 512 over up to 4, 2 vectors of columns
 //   several taps   blocks      288: neighbouring taps read the same columns, of 32 channels where there are 9
 //                  one row     144: it holds 16 vectors of columns, where four rows hold 6
-int64_t tile_inputs(const Plan& plan, int64_t kept, bool single) {
+int64_t tile_inputs(const Plan& plan, int64_t kept, bool single, int64_t vectors) {
   const int64_t inputs = std::max<int64_t>(1, plan.channels * plan.taps);
   const int64_t weights = plan.groups * plan.rows * inputs;
   const bool dense = kept * 100 >= weights * 35;
-  const int64_t most = plan.taps > 1 ? (single ? 144 : 288) : block_rows() == 4 ? (dense ? 320 : 512) : dense ? 128 : 192;
+  int64_t most = dense ? 320 : 512;
+  if (plan.taps > 1)
+    most = single ? 144 : 288;
+  else if (block_rows() == 2)
+    most = vectors <= 2 ? 512 : vectors <= 4 ? 256 : dense ? 128 : 192;
   const int64_t tiles = (inputs + most - 1) / most;
   return (inputs + tiles - 1) / tiles;
 }
@@ -42,13 +47,14 @@ int64_t count_bits(const Plan& plan, const uint32_t* words, int64_t words_row) {
   return bits;
 }
 
-std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind) {
+std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind,
+                                         int64_t vectors) {
   auto structure = std::make_shared<Structure>();
   Structure& s = *structure;
   s.kept = count_bits(plan, words, words_row);
   // One row at a time reads an input for every multiply-add, but has a long loop where 15 have two or three inputs each.
   const bool single = kind != Kind::kBlocks && plan.taps > 1 && s.kept * 100 < plan.groups * plan.group_weights() * 15;
-  s.tile_inputs = tile_inputs(plan, s.kept, single);
+  s.tile_inputs = tile_inputs(plan, s.kept, single, vectors);
   // Fewer than 6 inputs a row on average (and phase): see kernels.h.
   s.block_rows = single || s.kept < 6 * plan.groups * plan.rows * int64_t(plan.phases.size()) ? 1 : block_rows();
   const int64_t patterns = int64_t(1) << s.block_rows;
@@ -174,10 +180,11 @@ Cache& cache() {
 
 }  // namespace
 
-std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind) {
+std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind,
+                                              int64_t vectors) {
   const int64_t length = words ? weight_rows(plan) * words_row : 0;
   Key key = {int64_t(reinterpret_cast<intptr_t>(words)), length, plan.scatter, plan.groups, plan.rows, plan.channels,
-             plan.kernel[0], plan.kernel[1], int64_t(kind)};
+             plan.kernel[0], plan.kernel[1], int64_t(kind), block_rows() == 2 ? (vectors + 1) / 2 : 0};
   if (plan.scatter && plan.taps > 1)  // only then do the taps fall into phases
     key.insert(key.end(), {plan.stride[0], plan.stride[1], plan.dilation[0], plan.dilation[1]});
   else if (plan.scatter)
@@ -196,7 +203,7 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
   lock.unlock();
   std::vector<uint32_t> copy(words, words + length);  // compiled from the copy: a writer meanwhile is its own problem
   auto structure = kind == Kind::kLists ? compile_lists(plan, copy.data(), words_row)
-                                        : compile(plan, words ? copy.data() : nullptr, words_row, kind);
+                                        : compile(plan, words ? copy.data() : nullptr, words_row, kind, vectors);
   const int64_t bytes = int64_t(copy.size() * 4 + structure->counts.size() * 4 + structure->index.size() * 2 +
                                 structure->parts.size() * sizeof(Structure::Part) + 256);
   lock.lock();

@@ -21,7 +21,8 @@ int64_t block_rows() { return kernels<float>().block_rows; }
 //   one tap        four rows   320 where the mask keeps 35 % or more, else 512
 //                  two rows    128                                         192: half as many rows share a load
 //                              256, 512 over up to 4, 2 vectors of columns
-//   several taps   blocks      288: neighbouring taps read the same columns, of 32 channels where there are 9
+//   several taps   four rows   288: neighbouring taps read the same columns, of 32 channels where there are 9
+//                  two rows    192
 //                  one row     144: it holds 16 vectors of columns, where four rows hold 6
 int64_t tile_inputs(const Plan& plan, int64_t kept, bool single, int64_t vectors) {
   const int64_t inputs = std::max<int64_t>(1, plan.channels * plan.taps);
@@ -29,7 +30,7 @@ int64_t tile_inputs(const Plan& plan, int64_t kept, bool single, int64_t vectors
   const bool dense = kept * 100 >= weights * 35;
   int64_t most = dense ? 320 : 512;
   if (plan.taps > 1)
-    most = single ? 144 : 288;
+    most = single ? 144 : block_rows() == 4 ? 288 : 192;
   else if (block_rows() == 2)
     most = vectors <= 2 ? 512 : vectors <= 4 ? 256 : dense ? 128 : 192;
   const int64_t tiles = (inputs + most - 1) / most;

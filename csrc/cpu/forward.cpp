@@ -275,8 +275,10 @@ class Runner {
       most = std::max(most, segment.structure->at(plan_, 0, 0).tiles);
       tile_inputs = std::min(tile_inputs, segment.structure->tile_inputs);
     }
+    // Quarters at most: threads share them.
     const int64_t rows = std::max<int64_t>(
-        64, kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, plan_.scatter ? channels : tile_inputs) / 16 * 16);
+        64, std::min((plan_.rows + 3) / 4, kChunkBytes / int64_t(sizeof(T)) /
+                                               std::max<int64_t>(1, plan_.scatter ? channels : tile_inputs)) / 16 * 16);
     const int64_t chunks = (plan_.rows + rows - 1) / rows;
     parallel(chunks, [&](int64_t begin, int64_t end) {
       Scratch turned, results;

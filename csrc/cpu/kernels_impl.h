@@ -551,7 +551,7 @@ RTL_INLINE typename Vector<T>::type kept(typename Vector<T>::type v, const uint3
   B lane;
 #pragma GCC unroll 16
   for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
-  const B bits = (B)((((words[i / 32] >> (i % 32)) - B{}) & lane) != 0);
+  const B bits = (B)((((words[i / 32] >> (i % 32)) - B{}) & lane) == lane);
   return (typename Vector<T>::type)((B)v & bits);
 }
 template <class T>

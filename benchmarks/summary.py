@@ -1,6 +1,6 @@
 """From pytest-benchmark's JSON to summary.json and a table: printed, or written into the README.
 
-python -m benchmarks.summary [--results DIR] [--into FILE]
+python -m benchmarks.summary [--results DIR] [--into FILE [--mark NAME]]
 """
 
 from __future__ import annotations
@@ -224,14 +224,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="default: results beside this file"
     )
-    parser.add_argument("--into", type=Path, metavar="FILE", help=f"write it between <!-- {MARK} --> and <!-- end -->")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="write it between <!-- NAME --> and <!-- end -->")
+    parser.add_argument("--mark", default=MARK, metavar="NAME", help=f"default: {MARK}")
     options = parser.parse_args(arguments)
     try:
         summary = read_summary(options.results)
         if options.into is None:
             show(summary)
         else:
-            replace_between(options.into, MARK, section(summary))
+            replace_between(options.into, options.mark, section(summary))
     except (InputError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

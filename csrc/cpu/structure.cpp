@@ -41,10 +41,17 @@ constexpr int64_t kListsPadding = 64;
 
 int64_t weight_rows(const Plan& plan) { return plan.groups * (plan.scatter ? plan.channels : plan.rows); }
 
+// Without an instruction for it, which not every x86-64 has, the compiler would call a function for each word.
+uint32_t bits_of(uint32_t word) {
+  word -= word >> 1 & 0x55555555u;
+  word = (word & 0x33333333u) + (word >> 2 & 0x33333333u);
+  return ((word + (word >> 4) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
+}
+
 int64_t count_bits(const Plan& plan, const uint32_t* words, int64_t words_row) {
   if (!words) return plan.groups * plan.group_weights();
   int64_t bits = 0;
-  for (int64_t i = 0; i < weight_rows(plan) * words_row; ++i) bits += __builtin_popcount(words[i]);
+  for (int64_t i = 0; i < weight_rows(plan) * words_row; ++i) bits += bits_of(words[i]);
   return bits;
 }
 
@@ -219,7 +226,7 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
 double density(const uint32_t* words, int64_t length, int64_t bits) {
   const int64_t row_bits = (bits + 31) / 32 * 32, step = length / 128 | 1;
   int64_t kept = 0, words_read = 0;
-  for (int64_t i = 0; i < length; i += step) kept += __builtin_popcount(words[i]), ++words_read;
+  for (int64_t i = 0; i < length; i += step) kept += bits_of(words[i]), ++words_read;
   return words_read && bits ? double(kept) / 32 / words_read * row_bits / bits : 0;
 }
 

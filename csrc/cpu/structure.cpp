@@ -45,7 +45,7 @@ int64_t weight_rows(const Plan& plan) { return plan.groups * (plan.scatter ? pla
 uint32_t bits_of(uint32_t word) {
   word -= word >> 1 & 0x55555555u;
   word = (word & 0x33333333u) + (word >> 2 & 0x33333333u);
-  return ((word + (word >> 4) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
+  return (((word + (word >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
 }
 
 int64_t count_bits(const Plan& plan, const uint32_t* words, int64_t words_row) {

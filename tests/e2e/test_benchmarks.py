@@ -266,6 +266,12 @@ def test_table_is_written_between_its_marks_and_nowhere_else(tmp_path):
     text = document.read_text()
     assert text == f"before\n<!-- benchmarks -->\n{summary.section(result)}<!-- end -->\nafter\n<!-- end -->\n"
     assert "* vmap: too much\n" in text
+    document.write_text("<!-- benchmarks -->\nthese stay\n<!-- end -->\n<!-- others -->\n<!-- end -->\n")
+    assert summary.main(["--results", str(tmp_path), "--into", str(document), "--mark", "others"]) == 0
+    ours = summary.section(result)
+    assert (
+        document.read_text() == f"<!-- benchmarks -->\nthese stay\n<!-- end -->\n<!-- others -->\n{ours}<!-- end -->\n"
+    )
 
 
 def test_document_without_marks_is_left_alone(tmp_path, capsys):
@@ -283,10 +289,10 @@ def test_missing_results_are_an_error_in_words(tmp_path, capsys):
     assert "run python -m benchmarks" in capsys.readouterr().err
 
 
-def test_readme_shows_the_committed_results():
-    block = (ROOT / "README.md").read_text().split(f"<!-- {summary.MARK} -->\n")[1].split("<!-- end -->")[0]
-    measured = (summary.RESULTS / "summary.json").exists()
-    assert block == (summary.section(summary.read_summary(summary.RESULTS)) if measured else summary.NOT_MEASURED)
+@pytest.mark.parametrize(("mark", "results"), [(summary.MARK, "."), ("benchmarks avx2", "avx2")])
+def test_readme_shows_the_committed_results(mark, results):
+    block = (ROOT / "README.md").read_text().split(f"<!-- {mark} -->\n")[1].split("<!-- end -->")[0]
+    assert block == summary.section(summary.read_summary(summary.RESULTS / results))
 
 
 def test_figures_are_drawn_from_a_summary(tmp_path):

@@ -56,7 +56,11 @@ BUILDS = {
         Build(
             "asan+ubsan",
             # A vector that lies partly inside the buffer is an unknown-crash to AddressSanitizer.
-            {"overrun": ("heap-buffer-overflow", "unknown-crash"), "overflow": ("signed integer overflow",), "mask": MISMATCH},
+            {
+                "overrun": ("heap-buffer-overflow", "unknown-crash"),
+                "overflow": ("signed integer overflow",),
+                "mask": MISMATCH,
+            },
             # Checks by calls: inline ones take the compiler tens of minutes on the unrolled AVX-512 loops.
             (
                 *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"),

@@ -44,7 +44,7 @@ class Runner {
       if (!reads_ && !depthwise() && !few(segments_.back()))
         segments_.back().structure =
             structure_of(plan, words, masks.row_words, lists(segments_.back()) ? Kind::kLists : Kind::kBuckets,
-                         plan.linear() ? std::min<int64_t>((stop - start + k_.lanes - 1) / k_.lanes, 6) : 6);
+                         plan.linear() ? (stop - start + k_.lanes - 1) / k_.lanes : kManyVectors);
       divide(int64_t(segments_.size()) - 1);
     }
     const auto is_few = [](const Unit& unit) { return unit.path == Path::kFew; };
@@ -78,13 +78,14 @@ class Runner {
 
   // A group of a few samples fills part of a vector, while the weights it reads are those of a full one: then every weight
   // is taken, in whole vectors of inputs, with the mask's bits applied. Worth it up to 4 samples; up to 8 where the mask
-  // keeps about half or more; up to 24 where besides the weights come from beyond L2, which buckets wait for.
+  // keeps about half or more; up to 24 where besides the weights come from beyond L2, which buckets wait for, and the bits
+  // are applied by the load itself.
   bool few(const Segment& segment) const {
     const int64_t count = segment.stop - segment.start;
     if (!plan_.linear() || plan_.scatter || count > 24) return false;
     if (count <= 4 || segment.mask < 0) return count <= 8;
     const int64_t weights = plan_.groups * plan_.group_weights();
-    if (count > 8 && (k_.block_rows < 4 || weights * int64_t(sizeof(T)) < (int64_t(4) << 20))) return false;
+    if (count > 8 && (k_.block_rows == 2 || weights * int64_t(sizeof(T)) < (int64_t(4) << 20))) return false;
     return kept(segment) >= 0.45;
   }
 
@@ -96,10 +97,13 @@ class Runner {
   }
 
   // Rows are taken one by one where little is kept and samples or inputs are few: entering buckets is then most of the
-  // work. With more of both the inputs lie beyond L1, which blocks of rows load less often.
+  // work. With more of both the inputs lie beyond L1, which blocks of rows load less often. Blocks of two rows have but
+  // three buckets.
   bool lists(const Segment& segment) const {
-    return plan_.linear() && (k_.block_rows == 4 ? segment.stop - segment.start <= 64 || plan_.channels <= 256 : segment.stop - segment.start <= 2 * k_.lanes) && segment.mask >= 0 &&
-           plan_.channels <= 65536 && plan_.group_weights() <= INT64_C(0xffffffff) && kept(segment) <= 0.18;
+    const int64_t count = segment.stop - segment.start;
+    const bool small = k_.block_rows == 2 ? count <= 2 * k_.lanes : count <= 64 || plan_.channels <= 256;
+    return plan_.linear() && small && segment.mask >= 0 && plan_.channels <= 65536 &&
+           plan_.group_weights() <= INT64_C(0xffffffff) && kept(segment) <= 0.18;
   }
 
   // What one group of samples is divided into depends on its size and the shapes alone.
@@ -276,9 +280,9 @@ class Runner {
       tile_inputs = std::min(tile_inputs, segment.structure->tile_inputs);
     }
     // Quarters at most: threads share them.
-    const int64_t rows = std::max<int64_t>(
-        64, std::min((plan_.rows + 3) / 4, kChunkBytes / int64_t(sizeof(T)) /
-                                               std::max<int64_t>(1, plan_.scatter ? channels : tile_inputs)) / 16 * 16);
+    const int64_t inputs = std::max<int64_t>(1, plan_.scatter ? channels : tile_inputs);
+    const int64_t fitting = kChunkBytes / int64_t(sizeof(T)) / inputs;
+    const int64_t rows = std::max<int64_t>(64, std::min((plan_.rows + 3) / 4, fitting) / 16 * 16);
     const int64_t chunks = (plan_.rows + rows - 1) / rows;
     parallel(chunks, [&](int64_t begin, int64_t end) {
       Scratch turned, results;
@@ -327,7 +331,8 @@ class Runner {
             T* to[64];
             const int64_t count = std::min(L, unit.count - lane);
             for (int64_t s = 0; s < count; ++s) to[s] = output(unit.start + lane + s) + row;
-            k_.from_lanes({to, count, here, y + at[u] / std::max<int64_t>(1, channels) * rows + lane, nullptr, unit.strip.samples});
+            T* const from = y + at[u] / std::max<int64_t>(1, channels) * rows + lane;
+            k_.from_lanes({to, count, here, from, nullptr, unit.strip.samples});
           }
           add_residual(unit, row, here, 0, 1);
         }
@@ -758,7 +763,8 @@ class Runner {
         const int64_t here = std::min<int64_t>(L, unit.count - lane);
         for (int64_t s = 0; s < here; ++s) to[s] = job_.output(unit.start + lane + s) + first;
         if (plan_.linear()) {
-          k_.from_lanes({to, here, rows, y + lane, nullptr, y_row_, job_.stream_ && first % kLine == 0 && rows % kLine == 0});
+          const bool stream = job_.stream_ && first % kLine == 0 && rows % kLine == 0;
+          k_.from_lanes({to, here, rows, y + lane, nullptr, y_row_, stream});
           continue;
         }
         Lanes<T> m{to, here, joined_ * pixels_, y, place_.data() + lane / L * joined_ * pixels_};

@@ -148,11 +148,10 @@ struct Sums {
   typename Half<T>::type half[R];
 };
 
-// Inputs of one pattern. With few columns a row's sum would wait for the 4 cycles of each multiply-add, so U independent
-// sums take turns; they are added in a fixed order at the end.
-// Loads are as scarce as multiply-adds; with more columns it is registers.
+// Four indices in one load: these are as scarce as the multiply-adds. With more columns registers are.
 template <int V>
 constexpr bool kFourIndices = V <= 4;
+
 RTL_INLINE uint64_t four_indices(const uint16_t* index) {
   uint64_t four;
   __builtin_memcpy(&four, index, sizeof(four));
@@ -201,6 +200,8 @@ RTL_INLINE void add_input(Sums<T, R, V, H>& to, const Multiply<T>& m, const T* x
 #endif
 }
 
+// Inputs of one pattern. With few columns a row's sum would wait for the 4 cycles of each multiply-add, so U independent
+// sums take turns; they are added in a fixed order at the end.
 template <class T, int R, int V, int H, int U, int P>
 RTL_INLINE void bucket(Sums<T, R, V, H> (&sum)[U], const Multiply<T>& m, const T* x, const T* w,
                        const uint16_t*& index, uint32_t count) {
@@ -340,8 +341,6 @@ __attribute__((noinline)) void multiply_columns(const Multiply<T>& m, int64_t ti
       bucket<T, R, V, H, U, 5>(sum, m, x, w, index, counts[5]);
       bucket<T, R, V, H, U, 6>(sum, m, x, w, index, counts[6]);
       bucket<T, R, V, H, U, 7>(sum, m, x, w, index, counts[7]);
-    }
-    if constexpr (R > 3) {
       bucket<T, R, V, H, U, 8>(sum, m, x, w, index, counts[8]);
       bucket<T, R, V, H, U, 9>(sum, m, x, w, index, counts[9]);
       bucket<T, R, V, H, U, 10>(sum, m, x, w, index, counts[10]);
@@ -382,10 +381,8 @@ __attribute__((noinline)) void multiply_lists(const Multiply<T>& m, int64_t tile
       for (int v = 0; v < V; ++v) to.full[0][v] += value * load(xj + v * L);
       if (H) to.half[0] += low(value) * *reinterpret_cast<const typename Half<T>::type*>(xj + V * L);
     };
-    // Four indices in one load: these are as scarce as the multiply-adds.
     for (; end - index >= 4; index += 4) {
-      uint64_t four;
-      __builtin_memcpy(&four, index, sizeof(four));
+      const uint64_t four = four_indices(index);
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) one(four >> (16 * u) & 0xffff, sum[u % U]);
     }
@@ -1112,7 +1109,8 @@ void to_lanes(const Lanes<T>& m) {
 
 // Elements e, … of every lane, turned back into vectors of their rows.
 template <class T, bool Even>
-RTL_INLINE void turn_back(const Place<T, Even> place, int64_t e, const T* lanes_at, typename Vector<T>::type (&v)[Vector<T>::lanes]) {
+RTL_INLINE void turn_back(const Place<T, Even> place, int64_t e, const T* lanes_at,
+                          typename Vector<T>::type (&v)[Vector<T>::lanes]) {
   constexpr int L = Vector<T>::lanes;
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) v[i] = held(load(lanes_at + place(e + i)));
@@ -1579,7 +1577,8 @@ namespace RTL_LEVEL {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kBlockRows, kVectors * Vector<T>::lanes, kListVectors * Vector<T>::lanes, kPair,
+  return {Vector<T>::lanes, kHalves ? Vector<T>::lanes / 2 : Vector<T>::lanes, kBlockRows, kVectors * Vector<T>::lanes,
+          kListVectors * Vector<T>::lanes, kPair,
           kOuterRows, kOuterVectors * Vector<T>::lanes,
           multiply<T>, convolve<T>, correlate<T>, outer<T>, lay_out<T>, dots<T>, few<T>, fence, to_lanes<T>, from_lanes<T>, copy<T>,
           kQuarters<T, true>, kQuarters<T, false>, split<T>, filter<T>, kFlat<T>, kFlatDots<T>, add<T>,

@@ -45,13 +45,15 @@ struct Structure {
   }
 };
 
+constexpr int64_t kManyVectors = 6;  // of columns: as many as a kernel takes at once, or more
+
 // The structure of one mask of `words` int32 words (rows of the weight's leading dimension, `words_row` each), or of all
-// ones where `words` is null; for blocks of `vectors` vectors of columns. Kept from call to call: found by the words' address and CHECKED against a copy of the bits,
-// so that a mask changed in place, by whatever means, or another one at a freed mask's address is compiled anew. The
-// check reads 1/32 of the mask's weights' bytes. Bounded: RTL_KERNELS_CACHE_MB, 1024 if unset, of
-// the least recently used go. A structure takes 2 bytes for each (block of rows, input) that keeps anything.
+// ones where `words` is null; for `vectors` vectors of columns. Kept from call to call: found by the words' address and
+// CHECKED against a copy of the bits, so that a mask changed in place, by whatever means, or another one at a freed mask's
+// address is compiled anew. The check reads 1/32 of the mask's weights' bytes. Bounded: RTL_KERNELS_CACHE_MB, 1024 if
+// unset, of the least recently used go. A structure takes 2 bytes for each (block of rows, input) that keeps anything.
 std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row,
-                                              Kind kind = Kind::kBuckets, int64_t vectors = 6);
+                                              Kind kind = Kind::kBuckets, int64_t vectors = kManyVectors);
 
 // Of `length` words, rows of which hold `bits` bits: the share that is kept, estimated from about 4,000 of them.
 double density(const uint32_t* words, int64_t length, int64_t bits);

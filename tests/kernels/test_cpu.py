@@ -10,7 +10,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,6 +255,23 @@ def test_forward_bits_do_not_depend_on_gradients(case: Case) -> None:
     with torch.no_grad():
         y = case.function(x, weight, bank, route, bias, **case.options, backend="cpu")
     assert torch.equal(y, case.run("cpu", torch.float32)[0])
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.1])
+def test_results_do_not_depend_on_what_was_computed_before(keep: float) -> None:
+    """What is kept of a mask from call to call was made for a number of samples; another number has its own."""
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(40, 600, generator=g), torch.randn(90, 600, generator=g)
+    masks = torch.rand(1, 40, 600, generator=g) < keep
+    sizes = (1, 9, 12, 20, 40, 90)
+
+    def results(sizes: Sequence[int]) -> dict[int, Tensor]:
+        bank = rk.MaskBank.from_dense(masks)
+        route = {n: rk.Route.build(torch.zeros(n, dtype=torch.int64), 1) for n in sizes}
+        return {n: rk.masked_linear(x[:n], weight, bank, route[n], backend="cpu") for n in sizes}
+
+    upwards, downwards = results(sizes), results(sizes[::-1])
+    assert all(torch.equal(upwards[n], downwards[n]) for n in sizes)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(case: Case, threads: None) -> None:

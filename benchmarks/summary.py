@@ -21,7 +21,6 @@ from rtl.run import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 MARK = "benchmarks"
-NOT_MEASURED = "not measured yet\n"
 
 Report = Mapping[str, Any]
 Row = Mapping[str, Any]

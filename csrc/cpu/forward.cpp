@@ -284,13 +284,15 @@ class Runner {
     const int64_t fitting = kChunkBytes / int64_t(sizeof(T)) / inputs;
     const int64_t rows = std::max<int64_t>(64, std::min((plan_.rows + 3) / 4, fitting) / 16 * 16);
     const int64_t chunks = (plan_.rows + rows - 1) / rows;
+    // An odd number of cache lines, so that rows of the turned weight fall on different ones.
+    const int64_t line = 64 / int64_t(sizeof(T)), pitch = ((channels + line - 1) / line | 1) * line;
     parallel(chunks, [&](int64_t begin, int64_t end) {
       Scratch turned, results;
       std::vector<const T*> ahead;
       T* y = results.take<T>(rows * at.back() / std::max<int64_t>(1, channels));
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t row = chunk * rows, here = std::min(rows, plan_.rows - row);
-        T* w = plan_.scatter ? turned.take<T>(here * channels) : nullptr;
+        T* w = plan_.scatter ? turned.take<T>(here * pitch) : nullptr;
         for (int64_t step = 0; step < most; ++step) {
           int64_t turned_mask = -2;
           for (size_t u = 0; u < units_.size(); ++u) {
@@ -311,11 +313,11 @@ class Runner {
             if (plan_.scatter) {
               // Columns of the weight, a power of two apart as often as not, would fall on the same few lines of L2.
               const int64_t mask = call_.weight_stride ? segment.mask : -1;
-              if (turned_mask != mask && (step == 0 || mask >= 0)) turn(m.w, here, w);
+              if (turned_mask != mask && (step == 0 || mask >= 0)) turn(m.w, here, w, pitch);
               turned_mask = mask;
               m.w = w;
               m.w_stride = 1;
-              m.w_row = channels;
+              m.w_row = pitch;
             }
             if (step + 1 == most) after(segment, 0, row).to(m);
             m.rows = here;
@@ -360,27 +362,28 @@ class Runner {
     const int64_t lines = plan_.scatter ? last - first : rows, length = plan_.scatter ? rows : last - first;
     const T* const weight = call_.weight + row * plan_.row_stride() + first * plan_.channel_stride();
     const int64_t stride = plan_.scatter ? plan_.channel_stride() : plan_.row_stride();
-    ahead.clear();
-    for (int64_t l = 0; l < lines; ++l) ahead.push_back(weight + l * stride);
-    m.ahead = ahead.data();
     m.ahead_lines = (length * int64_t(sizeof(T)) + 63) / 64;
-    m.ahead_from = lines * m.ahead_lines * share / shares;
-    m.ahead_to = lines * m.ahead_lines * (share + 1) / shares;
+    const int64_t from = lines * m.ahead_lines * share / shares, to = lines * m.ahead_lines * (share + 1) / shares;
+    ahead.clear();
+    for (int64_t l = from / m.ahead_lines; l * m.ahead_lines < to; ++l) ahead.push_back(weight + l * stride);
+    m.ahead = ahead.data();
+    m.ahead_from = from % m.ahead_lines;
+    m.ahead_to = m.ahead_from + to - from;
   }
 
   int64_t granules(int64_t columns) const { return (columns + k_.granule - 1) / k_.granule * k_.granule; }
 
-  // Rows [0, rows) of a scatter's weight, which lie across it, one after the other.
-  void turn(const T* from, int64_t rows, T* to) const {
+  // Rows [0, rows) of a scatter's weight, which lie across it, `pitch` apart.
+  void turn(const T* from, int64_t rows, T* to, int64_t pitch) const {
     const int64_t L = k_.lanes, channels = plan_.channels, stride = plan_.channel_stride();
     int64_t c = 0;
     for (; c + L <= channels; c += L) {
       T* lines[64];
       for (int64_t l = 0; l < L; ++l) lines[l] = const_cast<T*>(from + (c + l) * stride);
-      k_.to_lanes({lines, L, rows, to + c, nullptr, channels});
+      k_.to_lanes({lines, L, rows, to + c, nullptr, pitch});
     }
     for (; c < channels; ++c)
-      for (int64_t r = 0; r < rows; ++r) to[r * channels + c] = from[c * stride + r];
+      for (int64_t r = 0; r < rows; ++r) to[r * pitch + c] = from[c * stride + r];
   }
 
   class Worker {

@@ -513,6 +513,17 @@ RTL_INLINE void copy_bytes(const T* from, T* to) {
 
 // ---- a mask's bits on vectors; i, the place of a row's first lane, is a multiple of the lanes, which divide 32
 
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  typedef uint32_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
+};
+template <>
+struct Bits<double> {
+  typedef uint64_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
+};
+
 #if RTL_VECTOR_BYTES == 64
 typedef uint16_t Part16 __attribute__((may_alias));
 typedef uint8_t Part8 __attribute__((may_alias));
@@ -533,16 +544,6 @@ RTL_INLINE Vector<double>::type load_kept(const double* w, const uint32_t* words
 }
 #else
 template <class T>
-struct Bits;
-template <>
-struct Bits<float> {
-  typedef uint32_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
-};
-template <>
-struct Bits<double> {
-  typedef uint64_t type __attribute__((vector_size(RTL_VECTOR_BYTES)));
-};
-template <class T>
 RTL_INLINE typename Vector<T>::type kept(typename Vector<T>::type v, const uint32_t* words, uint64_t i) {
   typedef typename Bits<T>::type B;
   B lane;
@@ -555,6 +556,34 @@ template <class T>
 RTL_INLINE typename Vector<T>::type load_kept(const T* w, const uint32_t* words, uint64_t i) {
   return kept<T>(load(w + i), words, i);
 }
+#endif
+
+// As kept<T>, for rows of words of which the same lanes are asked: those of inputs i to i + lanes.
+#if RTL_VECTOR_BYTES == 64
+template <class T>
+struct KeptLanes {
+  int64_t i;
+  explicit RTL_INLINE KeptLanes(int64_t i) : i(i) {}
+  RTL_INLINE typename Vector<T>::type of(typename Vector<T>::type v, const uint32_t* words) const {
+    return kept<T>(v, words, i);
+  }
+};
+#else
+template <class T>
+struct KeptLanes {
+  typedef typename Bits<T>::type B;
+  int64_t word;
+  B lane;
+  explicit RTL_INLINE KeptLanes(int64_t i) : word(i / 32) {
+#pragma GCC unroll 16
+    for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
+    lane <<= i % 32;
+  }
+  RTL_INLINE typename Vector<T>::type of(typename Vector<T>::type v, const uint32_t* words) const {
+    const B bits = (B)(((words[word] - B{}) & lane) == lane);
+    return (typename Vector<T>::type)((B)v & bits);
+  }
+};
 #endif
 
 // ---- transposes
@@ -808,26 +837,34 @@ RTL_INLINE void outer_tile(const Outer<T>& m) {
       for (int v = 0; v < V; ++v) sum[r][v] += value * column[v];
     }
   }
+  if (m.words && m.rows == R && m.columns == V * L) {
+    const KeptLanes<T> lanes[V] = {KeptLanes<T>(m.column), KeptLanes<T>(m.column + L)};
+    if (m.first) {
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    if (r >= m.rows) continue;
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) store(m.g + r * m.g_row + v * L, lanes[v].of(sum[r][v], m.words + r * m.words_row));
+      return;
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      T* g = m.g + r * m.g_row;
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(g + v * L, load(g + v * L) + lanes[v].of(sum[r][v], m.words + r * m.words_row));
+    }
+    return;
+  }
+  T part[R][V * L];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(part[r] + v * L, sum[r][v]);
+  for (int64_t r = 0; r < m.rows; ++r) {
     T* g = m.g + r * m.g_row;
     const uint32_t* words = m.words ? m.words + r * m.words_row : nullptr;
-    if (m.columns == V * L) {
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        typename Vector<T>::type add = sum[r][v];
-        if (words) add = kept<T>(add, words, m.column + v * L);
-        store(g + v * L, m.first ? add : load(g + v * L) + add);
-      }
-    } else {
-      T part[V * L];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) store(part + v * L, sum[r][v]);
-      for (int64_t i = 0, at = m.column; i < m.columns; ++i, ++at) {
-        const bool keep = !words || words[at / 32] >> (at % 32) & 1;
-        g[i] = (m.first ? T(0) : g[i]) + (keep ? part[i] : T(0));
-      }
+    for (int64_t i = 0, at = m.column; i < m.columns; ++i, ++at) {
+      const bool keep = !words || words[at / 32] >> (at % 32) & 1;
+      g[i] = (m.first ? T(0) : g[i]) + (keep ? part[r][i] : T(0));
     }
   }
 }
@@ -1056,47 +1093,49 @@ struct Place {
   RTL_INLINE int64_t operator()(int64_t e) const { return Even ? e * step : place[e]; }
 };
 
-template <class T, bool Even>
-RTL_INLINE void to_lanes_at(const Lanes<T>& m, const Place<T, Even> place, int64_t row, int64_t e, T* lanes_at) {
-  constexpr int L = Vector<T>::lanes;
-  typedef typename Vector<T>::type V;
-  V v[L];
-  if (m.count == L) {
-    T* const* const rows = m.rows;
-#pragma GCC unroll 16
-    for (int s = 0; s < L; ++s) v[s] = load(rows[s] + row + e);
-  } else {
-    V some[L];
-    for (int s = 0; s < m.count; ++s) some[s] = load(m.rows[s] + row + e);
-    for (int s = m.count; s < L; ++s) some[s] = V{};
-#pragma GCC unroll 16
-    for (int s = 0; s < L; ++s) v[s] = some[s];
+// The first m.count lanes of a vector, zero elsewhere, whatever stands there.
+template <class T>
+struct FirstLanes {
+  typedef typename Bits<T>::type B;
+  B bits;
+  explicit FirstLanes(int64_t count) {
+    for (int l = 0; l < Vector<T>::lanes; ++l) bits[l] = l < count ? ~decltype(bits[0] + 0)(0) : 0;
   }
-  transpose<T>(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store(lanes_at + place(e + i), v[i]);
-}
+  RTL_INLINE typename Vector<T>::type of(typename Vector<T>::type v) const { return (typename Vector<T>::type)((B)v & bits); }
+};
 
-template <class T, bool Even>
-RTL_INLINE void to_lanes_placed(const Lanes<T>& m) {
+// Whole: all lanes are there. The rows' addresses are a copy, which no store can change.
+template <class T, bool Even, bool Whole>
+__attribute__((noinline)) void to_lanes_placed(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
   const Place<T, Even> place(m);
+  const FirstLanes<T> first(m.count);
+  const T* rows[L];
+  for (int s = 0; s < L; ++s) rows[s] = m.rows[s < m.count ? s : m.count - 1];
   for (int64_t plane = 0; plane < m.planes; ++plane) {
     const int64_t row = plane * m.row_step;
     T* lanes_at = m.lanes_at + plane * m.lanes_step;
+    auto at = [&](int64_t e) __attribute__((always_inline)) {
+      typename Vector<T>::type v[L];
+#pragma GCC unroll 16
+      for (int s = 0; s < L; ++s) v[s] = load(rows[s] + row + e);
+      transpose<T>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(lanes_at + place(e + i), Whole ? v[i] : first.of(v[i]));
+    };
     if (m.length >= L) {
       // The next plane's vectors are fetched meanwhile. What is left over is taken with what comes before it, again.
       const int count = plane + 1 < m.planes ? int(m.count) : 0;
       for (int64_t e = 0; e + L <= m.length; e += L) {
-        for (int s = 0; s < count; ++s) __builtin_prefetch(m.rows[s] + row + m.row_step + e);
-        to_lanes_at(m, place, row, e, lanes_at);
+        for (int s = 0; s < count; ++s) __builtin_prefetch(rows[s] + row + m.row_step + e);
+        at(e);
       }
-      if (m.length % L) to_lanes_at(m, place, row, m.length - L, lanes_at);
+      if (m.length % L) at(m.length - L);
       continue;
     }
     for (int64_t e = 0; e < m.length; ++e) {
       T part[L];
-      for (int s = 0; s < L; ++s) part[s] = s < m.count ? m.rows[s][row + e] : T(0);
+      for (int s = 0; s < L; ++s) part[s] = s < m.count ? rows[s][row + e] : T(0);
       store(lanes_at + place(e), load(part));
     }
   }
@@ -1104,7 +1143,10 @@ RTL_INLINE void to_lanes_placed(const Lanes<T>& m) {
 
 template <class T>
 void to_lanes(const Lanes<T>& m) {
-  m.place ? to_lanes_placed<T, false>(m) : to_lanes_placed<T, true>(m);
+  if (m.count == Vector<T>::lanes)
+    m.place ? to_lanes_placed<T, false, true>(m) : to_lanes_placed<T, true, true>(m);
+  else if (m.count > 0)
+    m.place ? to_lanes_placed<T, false, false>(m) : to_lanes_placed<T, true, false>(m);
 }
 
 // Elements e, … of every lane, turned back into vectors of their rows.
@@ -1115,24 +1157,6 @@ RTL_INLINE void turn_back(const Place<T, Even> place, int64_t e, const T* lanes_
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) v[i] = held(load(lanes_at + place(e + i)));
   transpose<T>(v);
-}
-
-template <class T, bool Even>
-RTL_INLINE void from_lanes_at(const Lanes<T>& m, const Place<T, Even> place, int64_t row, int64_t e, const T* lanes_at) {
-  constexpr int L = Vector<T>::lanes;
-  typedef typename Vector<T>::type V;
-  V v[L];
-  turn_back(place, e, lanes_at, v);
-  T* const* const rows = m.rows;
-  if (m.count == L) {
-#pragma GCC unroll 16
-    for (int s = 0; s < L; ++s) store(rows[s] + row + e, v[s]);
-  } else {
-    V some[L];
-#pragma GCC unroll 16
-    for (int s = 0; s < L; ++s) some[s] = v[s];
-    for (int s = 0; s < m.count; ++s) store(rows[s] + row + e, some[s]);
-  }
 }
 
 // Past the caches, in whole cache lines: halves of one, others between them, would go as two.
@@ -1149,33 +1173,45 @@ RTL_INLINE void stream_lanes_at(const Lanes<T>& m, const Place<T, Even> place, i
     for (int v = 0; v < kLineVectors; ++v) stream(rows[s] + row + e + v * L, line[v][s]);
 }
 
-template <class T, bool Even>
-RTL_INLINE void from_lanes_placed(const Lanes<T>& m) {
+template <class T, bool Even, bool Whole>
+__attribute__((noinline)) void from_lanes_placed(const Lanes<T>& m) {
   constexpr int L = Vector<T>::lanes;
   const Place<T, Even> place(m);
+  T* rows[L];
+  for (int s = 0; s < L; ++s) rows[s] = m.rows[s < m.count ? s : m.count - 1];
   for (int64_t plane = 0; plane < m.planes; ++plane) {
     const int64_t row = plane * m.row_step;
     const T* lanes_at = m.lanes_at + plane * m.lanes_step;
-    if (m.stream && m.count == L) {
+    auto at = [&](int64_t e) __attribute__((always_inline)) {
+      typename Vector<T>::type v[L];
+      turn_back(place, e, lanes_at, v);
+#pragma GCC unroll 16
+      for (int s = 0; s < L; ++s)
+        if (Whole || s < m.count) store(rows[s] + row + e, v[s]);
+    };
+    if (m.stream && Whole) {
       for (int64_t e = 0; e < m.length; e += kLineVectors * L) stream_lanes_at(m, place, row, e, lanes_at);
       continue;
     }
     if (m.length >= L) {
-      for (int64_t e = 0; e + L <= m.length; e += L) from_lanes_at(m, place, row, e, lanes_at);
-      if (m.length % L) from_lanes_at(m, place, row, m.length - L, lanes_at);
+      for (int64_t e = 0; e + L <= m.length; e += L) at(e);
+      if (m.length % L) at(m.length - L);
       continue;
     }
     for (int64_t e = 0; e < m.length; ++e) {
       T part[L];
       store(part, load(lanes_at + place(e)));
-      for (int s = 0; s < m.count; ++s) m.rows[s][row + e] = part[s];
+      for (int s = 0; s < m.count; ++s) rows[s][row + e] = part[s];
     }
   }
 }
 
 template <class T>
 void from_lanes(const Lanes<T>& m) {
-  m.place ? from_lanes_placed<T, false>(m) : from_lanes_placed<T, true>(m);
+  if (m.count == Vector<T>::lanes)
+    m.place ? from_lanes_placed<T, false, true>(m) : from_lanes_placed<T, true, true>(m);
+  else if (m.count > 0)
+    m.place ? from_lanes_placed<T, false, false>(m) : from_lanes_placed<T, true, false>(m);
 }
 
 // Where planes are read one after the other, what comes 2 KiB later: the hardware's prefetchers stop at pages.

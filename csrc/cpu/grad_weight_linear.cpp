@@ -55,13 +55,14 @@ class LinearGradient {
 
   const uint32_t* words(int64_t mask) const { return mask < 0 ? nullptr : masks_.words + mask * masks_.mask_words; }
 
-  // In vectors of samples. A dense tile's weight costs half a cycle each; a kept weight's dot product .85, and 2.9 for
-  // every piece to add up its lanes and put the sum into its place.
+  // In cycles for a weight and vectors of samples. A dense tile's costs half a cycle a vector, and where vectors are short
+  // nearly one to apply the bits; a kept weight's dot product .85, and 2.9 for every piece to add up its lanes and put the
+  // sum into its place.
   bool by_dots(int64_t mask, int64_t count) const {
     if (mask < 0 || plan_.channels > 65536 || plan_.group_weights() > INT64_C(0xffffffff)) return false;
     const double vectors = double((count + k_.lanes - 1) / k_.lanes), pieces = double((count + kDots - 1) / kDots);
     return density(words(mask), plan_.groups * plan_.rows * masks_.row_words, plan_.channels) *
-               (0.85 * vectors + 2.9 * pieces) < 0.52 * vectors;
+               (0.85 * vectors + 2.9 * pieces) < 0.52 * vectors + (k_.block_rows == 2 ? 0.9 : 0);
   }
 
   template <class Body>

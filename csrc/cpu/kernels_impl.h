@@ -588,13 +588,35 @@ struct KeptLanes {
 
 // ---- transposes
 
-// Of 16 lanes: quarters of 128 bits, and elements of every quarter, interleaved.
-#define RTL_EVEN(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-#define RTL_ODD(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
-#define RTL_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
-#define RTL_HIGH(a, b) __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-#define RTL_LOW2(a, b) __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-#define RTL_HIGH2(a, b) __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+template <int... I>
+struct Indices {};
+template <int L>
+struct AllOf;
+template <>
+struct AllOf<8> : Indices<0, 1, 2, 3, 4, 5, 6, 7> {};
+template <>
+struct AllOf<16> : Indices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> {};
+
+// Of 8 or 16 lanes, in quarters of four: the even quarters (First = 0) or the odd ones (1) of a and then of b.
+template <int First, class V, int... I>
+RTL_INLINE V quarters_of(V a, V b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, ((I / 4 * 2 + First) * 4 + I % 4)...);
+}
+// The lower (0) or upper (2) two elements of every quarter, of a and b in turn: one by one, or two by two.
+template <int First, class V, int... I>
+RTL_INLINE V ones_of(V a, V b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 * int(sizeof...(I)) + I / 4 * 4 + I % 4 / 2 + First)...);
+}
+template <int First, class V, int... I>
+RTL_INLINE V twos_of(V a, V b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I % 4 / 2 * int(sizeof...(I)) + I / 4 * 4 + I % 2 + First)...);
+}
+#define RTL_EVEN(a, b) quarters_of<0>(a, b, AllOf<L>{})
+#define RTL_ODD(a, b) quarters_of<1>(a, b, AllOf<L>{})
+#define RTL_LOW(a, b) ones_of<0>(a, b, AllOf<L>{})
+#define RTL_HIGH(a, b) ones_of<2>(a, b, AllOf<L>{})
+#define RTL_LOW2(a, b) twos_of<0>(a, b, AllOf<L>{})
+#define RTL_HIGH2(a, b) twos_of<2>(a, b, AllOf<L>{})
 
 // Square transpose of L vectors in log2(L) steps: step d swaps the off-diagonal d × d blocks.
 template <class V, int L, int D, int... I>
@@ -643,20 +665,12 @@ RTL_INLINE void transpose(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
     typedef typename Vector<T>::type V;
     V t[8];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      t[j] = __builtin_shufflevector(v[j], v[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-      t[4 + j] = __builtin_shufflevector(v[j], v[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
+    for (int j = 0; j < 4; ++j) t[j] = RTL_EVEN(v[j], v[j + 4]), t[4 + j] = RTL_ODD(v[j], v[j + 4]);
 #pragma GCC unroll 2
     for (int q = 0; q < 8; q += 4) {
-      const V a = __builtin_shufflevector(t[q], t[q + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-      const V b = __builtin_shufflevector(t[q], t[q + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-      const V c = __builtin_shufflevector(t[q + 2], t[q + 3], 0, 8, 1, 9, 4, 12, 5, 13);
-      const V d = __builtin_shufflevector(t[q + 2], t[q + 3], 2, 10, 3, 11, 6, 14, 7, 15);
-      v[q] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
-      v[q + 1] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
-      v[q + 2] = __builtin_shufflevector(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
-      v[q + 3] = __builtin_shufflevector(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+      const V a = RTL_LOW(t[q], t[q + 1]), b = RTL_HIGH(t[q], t[q + 1]);
+      const V c = RTL_LOW(t[q + 2], t[q + 3]), d = RTL_HIGH(t[q + 2], t[q + 3]);
+      v[q] = RTL_LOW2(a, c), v[q + 1] = RTL_HIGH2(a, c), v[q + 2] = RTL_LOW2(b, d), v[q + 3] = RTL_HIGH2(b, d);
     }
   } else {
     transpose_step<T, 1>(v);
@@ -669,16 +683,18 @@ template <class T>
 RTL_INLINE typename Vector<T>::type totals(typename Vector<T>::type (&v)[Vector<T>::lanes]) {
   constexpr int L = Vector<T>::lanes;
   typedef typename Vector<T>::type V;
-  if constexpr (L == 16) {
-    // Inside the quarters of 128 bits first, four vectors into one, then across the quarters.
-    V q[4];
+  if constexpr (L >= 8) {
+    // Inside the quarters first, four vectors into one, then across the quarters.
+    V q[L / 4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < L / 4; ++i) {
       const V a = RTL_LOW(v[4 * i], v[4 * i + 1]) + RTL_HIGH(v[4 * i], v[4 * i + 1]);
       const V b = RTL_LOW(v[4 * i + 2], v[4 * i + 3]) + RTL_HIGH(v[4 * i + 2], v[4 * i + 3]);
       q[i] = RTL_LOW2(a, b) + RTL_HIGH2(a, b);
     }
-    const V a = RTL_EVEN(q[0], q[1]) + RTL_ODD(q[0], q[1]), b = RTL_EVEN(q[2], q[3]) + RTL_ODD(q[2], q[3]);
+    const V a = RTL_EVEN(q[0], q[1]) + RTL_ODD(q[0], q[1]);
+    if constexpr (L == 8) return a;
+    const V b = RTL_EVEN(q[L / 4 - 2], q[L / 4 - 1]) + RTL_ODD(q[L / 4 - 2], q[L / 4 - 1]);
     return RTL_EVEN(a, b) + RTL_ODD(a, b);
   } else {
     transpose<T>(v);
@@ -905,26 +921,32 @@ void lay_out(const LayOut<T>& m) {
 
 // Q inputs of a list against V vectors of a row's samples, or against all `columns` where V is 0.
 template <class T, int Q, int V>
-RTL_INLINE typename Vector<T>::type list_dots(const Dots<T>& m, const typename Vector<T>::type* d, const T* dy,
-                                              const uint16_t* index) {
+RTL_INLINE typename Vector<T>::type list_dots(const Dots<T>& m, const T* dy, const uint16_t* index) {
   constexpr int L = Vector<T>::lanes;
   const int64_t columns = V ? V * L : m.columns;
   typename Vector<T>::type sum[L];
 #pragma GCC unroll 16
   for (int q = 0; q < L; ++q) sum[q] = typename Vector<T>::type{};
-  if constexpr (V > 0) {
+  // Four vectors of the row in registers at a time.
+  constexpr int kHeld = 4;
+#pragma GCC unroll 2
+  for (int c = 0; c < V; c += kHeld) {
+    typename Vector<T>::type d[kHeld];
+#pragma GCC unroll 4
+    for (int v = 0; v < kHeld; ++v)
+      if (c + v < V) d[v] = load(dy + (c + v) * L);
 #pragma GCC unroll 16
     for (int q = 0; q < Q; ++q) {
-      const T* x = m.x + index[q] * columns;
+      const T* x = m.x + index[q] * columns + c * L;
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[q] += d[v] * load(x + v * L);
+      for (int v = 0; v < kHeld; ++v)
+        if (c + v < V) sum[q] += d[v] * load(x + v * L);
     }
-  } else {
-    for (int64_t c = 0; c < columns; c += L) {
-      const typename Vector<T>::type row = load(dy + c);
+  }
+  for (int64_t c = 0; V == 0 && c < columns; c += L) {
+    const typename Vector<T>::type row = load(dy + c);
 #pragma GCC unroll 16
-      for (int q = 0; q < Q; ++q) sum[q] += row * load(m.x + index[q] * columns + c);
-    }
+    for (int q = 0; q < Q; ++q) sum[q] += row * load(m.x + index[q] * columns + c);
   }
   return totals<T>(sum);
 }
@@ -937,21 +959,18 @@ __attribute__((noinline)) void dots_columns(const Dots<T>& m) {
     const uint16_t* end = m.index + m.starts[r + 1];
     const T* dy = m.dy + r * m.columns;
     T* g = m.g + r * m.g_row;
-    typename Vector<T>::type d[V ? V : 1];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) d[v] = load(dy + v * L);
     T part[L];
     for (; end - index >= L; index += L) {
-      store(part, list_dots<T, L, V>(m, d, dy, index));
+      store(part, list_dots<T, L, V>(m, dy, index));
 #pragma GCC unroll 16
       for (int q = 0; q < L; ++q) g[index[q]] += part[q];
     }
     // What is left, with inputs of the next lists, whose sums are not used.
     if (index < end) {
       if (end - index > L / 2)
-        store(part, list_dots<T, L, V>(m, d, dy, index));
+        store(part, list_dots<T, L, V>(m, dy, index));
       else
-        store(part, list_dots<T, (L > 1 ? L / 2 : 1), V>(m, d, dy, index));
+        store(part, list_dots<T, (L > 1 ? L / 2 : 1), V>(m, dy, index));
       for (int q = 0; index < end; ++q, ++index) g[*index] += part[q];
     }
   }
@@ -964,6 +983,12 @@ void dots(const Dots<T>& m) {
     case 2: dots_columns<T, 2>(m); break;
     case 3: dots_columns<T, 3>(m); break;
     case 4: dots_columns<T, 4>(m); break;
+#if RTL_VECTOR_BYTES == 32
+    case 5: dots_columns<T, 5>(m); break;
+    case 6: dots_columns<T, 6>(m); break;
+    case 7: dots_columns<T, 7>(m); break;
+    case 8: dots_columns<T, 8>(m); break;
+#endif
     default: dots_columns<T, 0>(m); break;
   }
 }

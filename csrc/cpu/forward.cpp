@@ -12,6 +12,7 @@ namespace {
 
 struct Segment {
   int64_t mask, start, stop;  // rows of the batch, times `inner`
+  bool few;
   std::shared_ptr<const Structure> structure;
 };
 
@@ -40,11 +41,12 @@ class Runner {
       const int64_t start = batch.offsets[g] * batch.inner, stop = batch.offsets[g + 1] * batch.inner;
       if (stop == start) continue;
       const uint32_t* words = g ? masks.words + (g - 1) * masks.mask_words : nullptr;
-      segments_.push_back({g - 1, start, stop, nullptr});
-      if (!reads_ && !depthwise() && !few(segments_.back()))
-        segments_.back().structure =
-            structure_of(plan, words, masks.row_words, lists(segments_.back()) ? Kind::kLists : Kind::kBuckets,
-                         plan.linear() ? (stop - start + k_.lanes - 1) / k_.lanes : kManyVectors);
+      Segment segment{g - 1, start, stop, false, nullptr};
+      segment.few = few(segment);
+      if (!reads_ && !depthwise() && !segment.few)
+        segment.structure = structure_of(plan, words, masks.row_words, lists(segment) ? Kind::kLists : Kind::kBuckets,
+                                         plan.linear() ? (stop - start + k_.lanes - 1) / k_.lanes : kManyVectors);
+      segments_.push_back(std::move(segment));
       divide(int64_t(segments_.size()) - 1);
     }
     const auto is_few = [](const Unit& unit) { return unit.path == Path::kFew; };
@@ -130,7 +132,7 @@ class Runner {
       for (int64_t i = 0; i < count; ++i) units_.push_back({s, start + i, 1, Path::kInPlace, {}});
       return;
     }
-    if (few(segments_[s])) {
+    if (segments_[s].few) {
       // Rows in pieces of about 128 KiB of weights, that stay in L2 while one mask after the other takes them.
       const int64_t each = std::max<int64_t>(16, (int64_t(128) << 10) / int64_t(sizeof(T)) /
                                                      std::max<int64_t>(1, plan_.channels) / 16 * 16);

@@ -558,6 +558,29 @@ RTL_INLINE typename Vector<T>::type load_kept(const T* w, const uint32_t* words,
 }
 #endif
 
+#if RTL_VECTOR_BYTES == 32
+// A word of a mask in all lanes, its last bit their highest. Shifted by next_lanes, the highest bits are those of the word's
+// last inputs, and what a masked load asks; then it is shifted by the lanes, for the inputs before.
+template <class T>
+RTL_INLINE typename Bits<T>::type word_of(uint32_t word) {
+  typedef typename Bits<T>::type B;
+  return ((sizeof(T) == 4 ? word : uint64_t(word) << 32) - B{});
+}
+template <class T>
+RTL_INLINE typename Bits<T>::type next_lanes() {
+  typename Bits<T>::type shift;
+#pragma GCC unroll 8
+  for (int l = 0; l < Vector<T>::lanes; ++l) shift[l] = Vector<T>::lanes - 1 - l;
+  return shift;
+}
+RTL_INLINE Vector<float>::type load_highest(const float* w, Bits<float>::type bits) {
+  return (Vector<float>::type)_mm256_maskload_ps(w, (__m256i)bits);
+}
+RTL_INLINE Vector<double>::type load_highest(const double* w, Bits<double>::type bits) {
+  return (Vector<double>::type)_mm256_maskload_pd(w, (__m256i)bits);
+}
+#endif
+
 // As kept<T>, for rows of words of which the same lanes are asked: those of inputs i to i + lanes.
 #if RTL_VECTOR_BYTES == 64
 template <class T>
@@ -1017,6 +1040,26 @@ RTL_INLINE void few_tile(const Few<T>& m, int64_t from, int64_t to, int64_t o, i
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) x[s] = m.x[s0 + s < m.samples ? s0 + s : m.samples - 1];
   int64_t i = from;
+#if RTL_VECTOR_BYTES == 32
+  for (; Masked && i + 32 <= to; i += 32) {
+    typename Bits<T>::type word[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) word[r] = held(word_of<T>(words[r][i / 32]));
+#pragma GCC unroll 8
+    for (int at = 32 - L; at >= 0; at -= L) {
+      V column[S];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) column[s] = held(load(x[s] + i + at));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const V value = load_highest(w[r] + i + at, word[r] << next_lanes<T>());
+        word[r] <<= L;
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) sum[s * R + r] += value * column[s];
+      }
+    }
+  }
+#endif
   for (; i + L <= to; i += L) {
     V column[S];
 #pragma GCC unroll 4
@@ -1076,7 +1119,7 @@ RTL_INLINE void few_tile(const Few<T>& m, int64_t from, int64_t to, int64_t o, i
 }
 
 template <class T, int R, int S>
-RTL_INLINE void few_rows(const Few<T>& m, int64_t s) {
+__attribute__((noinline)) void few_rows(const Few<T>& m, int64_t s) {
   // The inputs of S samples, in pieces that stay in L1.
   const int64_t most = 4096 / S / int64_t(sizeof(T)) * 4, pieces = m.inputs ? (m.inputs + most - 1) / most : 1;
   const int64_t each = (m.inputs / pieces + 63) / 32 * 32;

@@ -381,7 +381,11 @@ class Runner {
     int64_t c = 0;
     for (; c + L <= channels; c += L) {
       T* lines[64];
-      for (int64_t l = 0; l < L; ++l) lines[l] = const_cast<T*>(from + (c + l) * stride);
+      for (int64_t l = 0; l < L; ++l) {
+        lines[l] = const_cast<T*>(from + (c + l) * stride);
+        const T* const later = lines[l] + std::min(2 * L, channels - c - L) * stride;
+        for (int64_t r = 0; r < rows; r += kLine) __builtin_prefetch(later + r);
+      }
       k_.to_lanes({lines, L, rows, to + c, nullptr, pitch});
     }
     for (; c < channels; ++c)

@@ -51,7 +51,7 @@ class LinearGradient {
     std::shared_ptr<const Structure> lists;
   };
   // Samples of a piece, and of the pieces laid out at once: a strip of x for 256 samples fits into L1.
-  static constexpr int64_t kOuter = 256, kDots = 64, kBatch = 256, kAhead = 4, kTogether = 96 << 10;
+  static constexpr int64_t kOuter = 256, kDots = 64, kBatch = 256, kAhead = 4;
 
   const uint32_t* words(int64_t mask) const { return mask < 0 ? nullptr : masks_.words + mask * masks_.mask_words; }
 
@@ -115,33 +115,29 @@ class LinearGradient {
                     samples * height, dy + (tiles - 1) * samples * height + s * last});
       }
     });
-    // dy of a few tiles stays in L2 while the strips pass, each of which stays in L1 while the tiles do.
-    const int64_t together = std::max<int64_t>(1, kTogether / (samples * height * int64_t(sizeof(T))));
+    const std::vector<uint32_t> ones((inputs + 31) / 32, ~uint32_t(0));  // a row's words where there is no mask
     parallel_(tiles, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin; first < end; first += together) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t row = tile * height, tall = tile + 1 == tiles ? last : height;
         for (int64_t strip = 0; strip < strips; ++strip) {
-          for (int64_t tile = first; tile < std::min(end, first + together); ++tile) {
-            const int64_t row = tile * height, tall = tile + 1 == tiles ? last : height;
-            Outer<T> m{};
-            m.x = x + strip * samples * width;
-            m.dy = dy + tile * samples * height;
-            m.height = tall;
-            m.rows = std::min(height, plan_.rows - row);
-            m.columns = std::min(width, inputs - strip * width);
-            m.words_row = masks_.row_words;
-            m.column = strip * width;
-            m.g_row = inputs;
-            for (int64_t p = 0; p < count; ++p) {
-              const Piece& piece = pieces[p];
-              const uint32_t* bits = words(piece.mask);
-              m.words = bits ? bits + (group * plan_.rows + row) * masks_.row_words : nullptr;
-              m.samples = piece.count;
-              m.first = piece.first;
-              m.g = gradient(piece.mask, group) + row * inputs + strip * width;
-              k_.outer(m);
-              m.x += piece.count * width;
-              m.dy += piece.count * tall;
-            }
+          Outer<T> m{};
+          m.x = x + strip * samples * width;
+          m.dy = dy + tile * samples * height;
+          m.height = tall;
+          m.rows = std::min(height, plan_.rows - row);
+          m.columns = std::min(width, inputs - strip * width);
+          m.column = strip * width;
+          m.g_row = inputs;
+          for (int64_t p = 0; p < count; ++p) {
+            const Piece& piece = pieces[p];
+            m.words_row = piece.mask < 0 ? 0 : masks_.row_words;
+            m.words = piece.mask < 0 ? ones.data() : words(piece.mask) + (group * plan_.rows + row) * masks_.row_words;
+            m.samples = piece.count;
+            m.first = piece.first;
+            m.g = gradient(piece.mask, group) + row * inputs + strip * width;
+            k_.outer(m);
+            m.x += piece.count * width;
+            m.dy += piece.count * tall;
           }
         }
       }

@@ -112,7 +112,7 @@ struct Outer {
   int64_t samples;
   int64_t rows;    // of g; not more than the height
   int64_t columns;
-  const uint32_t* words;  // of the first row, or null: all is kept
+  const uint32_t* words;  // of the first row
   int64_t words_row;
   int64_t column;  // the first one's place among a row's bits
   bool first;      // g holds nothing yet

@@ -876,7 +876,7 @@ RTL_INLINE void outer_tile(const Outer<T>& m) {
       for (int v = 0; v < V; ++v) sum[r][v] += value * column[v];
     }
   }
-  if (m.words && m.rows == R && m.columns == V * L) {
+  if (m.rows == R && m.columns == V * L) {
     const KeptLanes<T> lanes[V] = {KeptLanes<T>(m.column), KeptLanes<T>(m.column + L)};
     if (m.first) {
 #pragma GCC unroll 12
@@ -900,9 +900,9 @@ RTL_INLINE void outer_tile(const Outer<T>& m) {
     for (int v = 0; v < V; ++v) store(part[r] + v * L, sum[r][v]);
   for (int64_t r = 0; r < m.rows; ++r) {
     T* g = m.g + r * m.g_row;
-    const uint32_t* words = m.words ? m.words + r * m.words_row : nullptr;
+    const uint32_t* words = m.words + r * m.words_row;
     for (int64_t i = 0, at = m.column; i < m.columns; ++i, ++at) {
-      const bool keep = !words || words[at / 32] >> (at % 32) & 1;
+      const bool keep = words[at / 32] >> (at % 32) & 1;
       g[i] = (m.first ? T(0) : g[i]) + (keep ? part[r][i] : T(0));
     }
   }

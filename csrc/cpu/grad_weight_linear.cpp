@@ -53,7 +53,7 @@ class LinearGradient {
   // Samples of a piece, and of the pieces laid out at once: a strip of x for 256 samples fits into L1.
   static constexpr int64_t kOuter = 256, kDots = 64, kBatch = 256, kAhead = 4;
 
-  const uint32_t* words(int64_t mask) const { return mask < 0 ? nullptr : masks_.words + mask * masks_.mask_words; }
+  const uint32_t* words(int64_t mask) const { return masks_.words + mask * masks_.mask_words; }
 
   // In cycles for a weight and vectors of samples. A dense tile's costs half a cycle a vector, and where vectors are short
   // nearly one to apply the bits; a kept weight's dot product .85, and 2.9 for every piece to add up its lanes and put the

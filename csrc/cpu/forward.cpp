@@ -12,7 +12,7 @@ namespace {
 
 struct Segment {
   int64_t mask, start, stop;  // rows of the batch, times `inner`
-  bool few;
+  bool few;  // takes the path for few samples
   std::shared_ptr<const Structure> structure;
 };
 

@@ -55,9 +55,9 @@ class LinearGradient {
 
   const uint32_t* words(int64_t mask) const { return masks_.words + mask * masks_.mask_words; }
 
-  // In cycles for a weight and vectors of samples. A dense tile's costs half a cycle a vector, and where vectors are short
-  // nearly one to apply the bits; a kept weight's dot product .85, and 2.9 for every piece to add up its lanes and put the
-  // sum into its place.
+  // In cycles. A dense tile's weight costs half a one a vector of samples, and where vectors are short nearly one to apply
+  // the bits; a kept weight's dot product .85 a vector, and 2.9 for every piece to add up its lanes and put the sum into
+  // its place.
   bool by_dots(int64_t mask, int64_t count) const {
     if (mask < 0 || plan_.channels > 65536 || plan_.group_weights() > INT64_C(0xffffffff)) return false;
     const double vectors = double((count + k_.lanes - 1) / k_.lanes), pieces = double((count + kDots - 1) / kDots);

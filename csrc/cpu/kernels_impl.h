@@ -528,14 +528,18 @@ struct Bits<double> {
 typedef uint16_t Part16 __attribute__((may_alias));
 typedef uint8_t Part8 __attribute__((may_alias));
 
-// The lanes that the row's words keep, zero elsewhere, whatever stands there.
+// The lanes that a row's words keep, zero elsewhere, whatever stands there: those of inputs i to i + lanes.
 template <class T>
-RTL_INLINE typename Vector<T>::type kept(typename Vector<T>::type v, const uint32_t* words, uint64_t i) {
-  if constexpr (sizeof(T) == 4)
-    return (typename Vector<T>::type)_mm512_maskz_mov_ps(reinterpret_cast<const Part16*>(words)[i / 16], (__m512)v);
-  else
-    return (typename Vector<T>::type)_mm512_maskz_mov_pd(reinterpret_cast<const Part8*>(words)[i / 8], (__m512d)v);
-}
+struct KeptLanes {
+  int64_t i;
+  explicit RTL_INLINE KeptLanes(int64_t i) : i(i) {}
+  RTL_INLINE typename Vector<T>::type of(typename Vector<T>::type v, const uint32_t* words) const {
+    if constexpr (sizeof(T) == 4)
+      return (typename Vector<T>::type)_mm512_maskz_mov_ps(reinterpret_cast<const Part16*>(words)[i / 16], (__m512)v);
+    else
+      return (typename Vector<T>::type)_mm512_maskz_mov_pd(reinterpret_cast<const Part8*>(words)[i / 8], (__m512d)v);
+  }
+};
 RTL_INLINE Vector<float>::type load_kept(const float* w, const uint32_t* words, uint64_t i) {
   return (Vector<float>::type)_mm512_maskz_loadu_ps(reinterpret_cast<const Part16*>(words)[i / 16], w + i);
 }
@@ -544,17 +548,23 @@ RTL_INLINE Vector<double>::type load_kept(const double* w, const uint32_t* words
 }
 #else
 template <class T>
-RTL_INLINE typename Vector<T>::type kept(typename Vector<T>::type v, const uint32_t* words, uint64_t i) {
+struct KeptLanes {
   typedef typename Bits<T>::type B;
+  int64_t word;
   B lane;
+  explicit RTL_INLINE KeptLanes(uint64_t i) : word(i / 32) {
 #pragma GCC unroll 16
-  for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
-  const B bits = (B)((((words[i / 32] >> (i % 32)) - B{}) & lane) == lane);
-  return (typename Vector<T>::type)((B)v & bits);
-}
+    for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
+    lane <<= i % 32;
+  }
+  RTL_INLINE typename Vector<T>::type of(typename Vector<T>::type v, const uint32_t* words) const {
+    const B bits = (B)(((words[word] - B{}) & lane) == lane);
+    return (typename Vector<T>::type)((B)v & bits);
+  }
+};
 template <class T>
 RTL_INLINE typename Vector<T>::type load_kept(const T* w, const uint32_t* words, uint64_t i) {
-  return kept<T>(load(w + i), words, i);
+  return KeptLanes<T>(i).of(load(w + i), words);
 }
 #endif
 
@@ -579,34 +589,6 @@ RTL_INLINE Vector<float>::type load_highest(const float* w, Bits<float>::type bi
 RTL_INLINE Vector<double>::type load_highest(const double* w, Bits<double>::type bits) {
   return (Vector<double>::type)_mm256_maskload_pd(w, (__m256i)bits);
 }
-#endif
-
-// As kept<T>, for rows of words of which the same lanes are asked: those of inputs i to i + lanes.
-#if RTL_VECTOR_BYTES == 64
-template <class T>
-struct KeptLanes {
-  int64_t i;
-  explicit RTL_INLINE KeptLanes(int64_t i) : i(i) {}
-  RTL_INLINE typename Vector<T>::type of(typename Vector<T>::type v, const uint32_t* words) const {
-    return kept<T>(v, words, i);
-  }
-};
-#else
-template <class T>
-struct KeptLanes {
-  typedef typename Bits<T>::type B;
-  int64_t word;
-  B lane;
-  explicit RTL_INLINE KeptLanes(int64_t i) : word(i / 32) {
-#pragma GCC unroll 16
-    for (int l = 0; l < Vector<T>::lanes; ++l) lane[l] = 1u << l;
-    lane <<= i % 32;
-  }
-  RTL_INLINE typename Vector<T>::type of(typename Vector<T>::type v, const uint32_t* words) const {
-    const B bits = (B)(((words[word] - B{}) & lane) == lane);
-    return (typename Vector<T>::type)((B)v & bits);
-  }
-};
 #endif
 
 // ---- transposes
@@ -876,17 +858,20 @@ RTL_INLINE void outer_tile(const Outer<T>& m) {
       for (int v = 0; v < V; ++v) sum[r][v] += value * column[v];
     }
   }
-  if (m.rows == R && m.columns == V * L) {
+  if (m.columns == V * L) {
     const KeptLanes<T> lanes[V] = {KeptLanes<T>(m.column), KeptLanes<T>(m.column + L)};
     if (m.first) {
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
+        if (r == m.rows) break;
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) store(m.g + r * m.g_row + v * L, lanes[v].of(sum[r][v], m.words + r * m.words_row));
+      }
       return;
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
+      if (r == m.rows) break;
       T* g = m.g + r * m.g_row;
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) store(g + v * L, load(g + v * L) + lanes[v].of(sum[r][v], m.words + r * m.words_row));
@@ -1167,7 +1152,7 @@ struct FirstLanes {
   typedef typename Bits<T>::type B;
   B bits;
   explicit FirstLanes(int64_t count) {
-    for (int l = 0; l < Vector<T>::lanes; ++l) bits[l] = l < count ? ~decltype(bits[0] + 0)(0) : 0;
+    for (int l = 0; l < Vector<T>::lanes; ++l) bits[l] = l < count ? -1 : 0;
   }
   RTL_INLINE typename Vector<T>::type of(typename Vector<T>::type v) const { return (typename Vector<T>::type)((B)v & bits); }
 };

@@ -191,8 +191,9 @@ Cache& cache() {
 std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind,
                                               int64_t vectors) {
   const int64_t length = words ? weight_rows(plan) * words_row : 0;
+  const int64_t width = block_rows() == 2 ? (std::min(vectors, kManyVectors) + 1) / 2 : 0;
   Key key = {int64_t(reinterpret_cast<intptr_t>(words)), length, plan.scatter, plan.groups, plan.rows, plan.channels,
-             plan.kernel[0], plan.kernel[1], int64_t(kind), block_rows() == 2 ? (std::min(vectors, kManyVectors) + 1) / 2 : 0};
+             plan.kernel[0], plan.kernel[1], int64_t(kind), width};
   if (plan.scatter && plan.taps > 1)  // only then do the taps fall into phases
     key.insert(key.end(), {plan.stride[0], plan.stride[1], plan.dilation[0], plan.dilation[1]});
   else if (plan.scatter)

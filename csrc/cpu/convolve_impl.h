@@ -12,37 +12,58 @@ constexpr int kPair = 6;
 
 typedef int64_t Distance __attribute__((aligned(4), may_alias));
 
-// Inputs of one pattern over N lines of V vectors. A row's sum waits 4 cycles for each multiply-add, so where there are
-// few columns U independent sums take turns; they are added in a fixed order at the end.
+// One input of pattern P over N lines of V vectors, which `entry` is at; `below` is the second line.
+template <class T, int R, int N, int V, int P>
+RTL_INLINE void convolve_input(typename Vector<T>::type (&to)[R][N * V], const T* x, const T* below, const T*& entry) {
+  constexpr int L = Vector<T>::lanes, kept = __builtin_popcount(P), head = sizeof(int64_t) / sizeof(T);
+  const int64_t at = *reinterpret_cast<const Distance*>(entry);
+  typename Vector<T>::type w[kept];
+#pragma GCC unroll 4
+  for (int i = 0; i < kept; ++i) w[i] = splat(entry[head + i]);
+  entry += head + kept;
+#pragma GCC unroll 16
+  for (int v = 0; v < N * V; ++v) {
+    typename Vector<T>::type column = v < V ? load(x + at + v * L) : load(below + at + (v - V) * L);
+    if (kept > 1) column = held(column);
+    int i = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      if (P >> r & 1) to[r][v] += w[i++] * column;
+  }
+}
+
+// Inputs of one pattern. A row's sum waits 4 cycles for each multiply-add, so where there are few columns U independent
+// sums take turns; they are added in a fixed order at the end.
 template <class T, int R, int N, int V, int U, int P>
 RTL_INLINE void convolve_bucket(typename Vector<T>::type (&sum)[U][R][N * V], const Convolve<T>& m, const T*& entry,
                                 uint32_t count) {
-  constexpr int L = Vector<T>::lanes, kept = __builtin_popcount(P), head = sizeof(int64_t) / sizeof(T);
   const T* x = m.x;
   const T* below = N > 1 ? x + m.x_line : x;
-  auto one = [&](typename Vector<T>::type(&to)[R][N * V]) __attribute__((always_inline)) {
-    const int64_t at = *reinterpret_cast<const Distance*>(entry);
-    typename Vector<T>::type w[kept];
-#pragma GCC unroll 4
-    for (int i = 0; i < kept; ++i) w[i] = splat(entry[head + i]);
-    entry += head + kept;
-#pragma GCC unroll 16
-    for (int v = 0; v < N * V; ++v) {
-      typename Vector<T>::type column = v < V ? load(x + at + v * L) : load(below + at + (v - V) * L);
-      if (kept > 1) column = held(column);
-      int i = 0;
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-        if (P >> r & 1) to[r][v] += w[i++] * column;
-    }
-  };
   if (U > 1) {
     for (; count >= U; count -= U) {
 #pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) one(sum[u]);
+      for (int u = 0; u < U; ++u) convolve_input<T, R, N, V, P>(sum[u], x, below, entry);
     }
   }
-  for (; count; --count) one(sum[0]);
+  for (; count; --count) convolve_input<T, R, N, V, P>(sum[0], x, below, entry);
+}
+
+// The inputs of either row of a block of two, one of each in turn: what is added to one waits for the one before.
+template <class T, int V>
+RTL_INLINE void convolve_singles(typename Vector<T>::type (&sum)[1][2][V], const Convolve<T>& m, const T*& entry,
+                                 uint32_t first, uint32_t second) {
+  const T* x = m.x;
+  const T* other = entry + first * (sizeof(int64_t) / sizeof(T) + 1);
+  uint32_t both = first < second ? first : second;
+  first -= both;
+  second -= both;
+  for (; both; --both) {
+    convolve_input<T, 2, 1, V, 1>(sum[0], x, x, entry);
+    convolve_input<T, 2, 1, V, 2>(sum[0], x, x, other);
+  }
+  convolve_bucket<T, 2, 1, V, 1, 1>(sum, m, entry, first);
+  entry = other;
+  convolve_bucket<T, 2, 1, V, 1, 2>(sum, m, entry, second);
 }
 
 template <class T, int R, int N, int V, int U>
@@ -62,11 +83,13 @@ __attribute__((noinline)) void convolve_piece(const Convolve<T>& m) {
 #pragma GCC unroll 16
           for (int v = 0; v < N * V; ++v) sum[u][r][v] = Vec{};
 #define RTL_BUCKET(P) convolve_bucket<T, R, N, V, U, P>(sum, m, entry, counts[P - 1])
-      RTL_BUCKET(1);
-      if constexpr (R > 1) {
-        RTL_BUCKET(2);
-        RTL_BUCKET(3);
+      if constexpr (R == 2 && U == 1) {
+        convolve_singles<T, V>(sum, m, entry, counts[0], counts[1]);
+      } else {
+        RTL_BUCKET(1);
+        if constexpr (R > 1) RTL_BUCKET(2);
       }
+      if constexpr (R > 1) RTL_BUCKET(3);
       if constexpr (R > 2) {
         RTL_BUCKET(4);
         RTL_BUCKET(5);

@@ -150,7 +150,7 @@ struct Sums {
 
 // Four indices in one load: these are as scarce as the multiply-adds. With more columns registers are.
 template <int V>
-constexpr bool kFourIndices = V <= 4;
+constexpr bool kFourIndices = V <= 5;
 
 RTL_INLINE uint64_t four_indices(const uint16_t* index) {
   uint64_t four;

@@ -28,7 +28,7 @@ struct Unit {
 template <class T>
 class Runner {
  public:
-  Runner(const Plan& plan, const Batch& batch, const Masks& masks, const Forward<T>& call)
+  Runner(const Plan& plan, const Batch& batch, const Masks& masks, const Forward<T>& call, const Parallel& parallel)
       : plan_(plan), batch_(batch), masks_(masks), call_(call), k_(kernels<T>()) {
     in_ = plan.in[0] * plan.in[1];
     out_ = plan.out[0] * plan.out[1];
@@ -40,15 +40,14 @@ class Runner {
     for (int64_t g = 0; g <= batch.masks; ++g) {
       const int64_t start = batch.offsets[g] * batch.inner, stop = batch.offsets[g + 1] * batch.inner;
       if (stop == start) continue;
-      const uint32_t* words = g ? masks.words + (g - 1) * masks.mask_words : nullptr;
-      Segment segment{g - 1, start, stop, false, nullptr};
-      segment.few = few(segment);
-      if (!reads_ && !depthwise() && !segment.few)
-        segment.structure = structure_of(plan, words, masks.row_words, lists(segment) ? Kind::kLists : Kind::kBuckets,
-                                         plan.linear() ? (stop - start + k_.lanes - 1) / k_.lanes : kManyVectors);
-      segments_.push_back(std::move(segment));
-      divide(int64_t(segments_.size()) - 1);
+      segments_.push_back({g - 1, start, stop, false, nullptr});
+      segments_.back().few = few(segments_.back());
     }
+    if (!reads_ && !depthwise())
+      each_mask(parallel, int64_t(segments_.size()), masks.mask_words, [this](int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; ++s) compile(segments_[s]);
+      });
+    for (int64_t s = 0; s < int64_t(segments_.size()); ++s) divide(s);
     const auto is_few = [](const Unit& unit) { return unit.path == Path::kFew; };
     for (auto end = units_.begin(); end != units_.end();) {
       const auto begin = std::find_if(end, units_.end(), is_few);
@@ -106,6 +105,13 @@ class Runner {
     const bool small = k_.block_rows == 2 ? count <= 2 * k_.lanes : count <= 64 || plan_.channels <= 256;
     return plan_.linear() && small && segment.mask >= 0 && plan_.channels <= 65536 &&
            plan_.group_weights() <= INT64_C(0xffffffff) && kept(segment) <= 0.18;
+  }
+
+  void compile(Segment& segment) const {
+    if (segment.few) return;
+    const int64_t vectors = plan_.linear() ? (segment.stop - segment.start + k_.lanes - 1) / k_.lanes : kManyVectors;
+    segment.structure = structure_of(plan_, words(segment), masks_.row_words,
+                                     lists(segment) ? Kind::kLists : Kind::kBuckets, vectors);
   }
 
   // What one group of samples is divided into depends on its size and the shapes alone.
@@ -865,7 +871,7 @@ class Runner {
 template <class T>
 void forward(const Plan& plan, const Batch& batch, const Masks& masks, const Forward<T>& call,
              const Parallel& parallel) {
-  Runner<T>(plan, batch, masks, call).run(parallel);
+  Runner<T>(plan, batch, masks, call, parallel).run(parallel);
 }
 
 template void forward(const Plan&, const Batch&, const Masks&, const Forward<float>&, const Parallel&);

@@ -24,18 +24,24 @@ class LinearGradient {
       : plan_(plan), batch_(batch), masks_(masks), call_(call), parallel_(parallel), k_(kernels<T>()) {}
 
   void run() {
-    std::vector<Piece> dense, sparse;
+    std::vector<Group> groups;
     for (int64_t g = 0; g <= batch_.masks; ++g) {
       const int64_t start = batch_.offsets[g] * batch_.inner, stop = batch_.offsets[g + 1] * batch_.inner;
-      if (stop == start) {
-        if (call_.weight_stride && g > 0) std::fill_n(gradient(g - 1, 0), plan_.groups * plan_.group_weights(), T(0));
-        continue;
-      }
-      const bool apart = by_dots(g - 1, stop - start);
-      const auto lists = apart ? structure_of(plan_, words(g - 1), masks_.row_words, Kind::kLists) : nullptr;
-      const int64_t most = apart ? kDots : kOuter;
-      for (int64_t at = start; at < stop; at += most)
-        (apart ? sparse : dense).push_back({g - 1, at, std::min(most, stop - at), call_.weight_stride && at == start, lists});
+      if (stop > start)
+        groups.push_back({g - 1, start, stop, by_dots(g - 1, stop - start), nullptr});
+      else if (call_.weight_stride && g > 0)
+        std::fill_n(gradient(g - 1, 0), plan_.groups * plan_.group_weights(), T(0));
+    }
+    each_mask(parallel_, int64_t(groups.size()), masks_.mask_words, [&](int64_t begin, int64_t end) {
+      for (Group* g = groups.data() + begin; g != groups.data() + end; ++g)
+        if (g->apart) g->lists = structure_of(plan_, words(g->mask), masks_.row_words, Kind::kLists);
+    });
+    std::vector<Piece> dense, sparse;
+    for (const Group& g : groups) {
+      const int64_t most = g.apart ? kDots : kOuter;
+      for (int64_t at = g.start; at < g.stop; at += most)
+        (g.apart ? sparse : dense)
+            .push_back({g.mask, at, std::min(most, g.stop - at), call_.weight_stride && at == g.start, g.lists});
     }
     if (!call_.weight_stride && !(dense.empty() && sparse.empty())) (dense.empty() ? sparse : dense)[0].first = true;
     for (int64_t group = 0; group < plan_.groups; ++group) {
@@ -45,6 +51,11 @@ class LinearGradient {
   }
 
  private:
+  struct Group {
+    int64_t mask, start, stop;  // rows of the batch, times `inner`
+    bool apart;                 // goes by dots
+    std::shared_ptr<const Structure> lists;
+  };
   struct Piece {
     int64_t mask, start, count;  // rows of the batch, times `inner`
     bool first;                  // to reach its dw

@@ -55,10 +55,8 @@ int64_t count_bits(const Plan& plan, const uint32_t* words, int64_t words_row) {
   return bits;
 }
 
-std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind,
-                                         int64_t vectors) {
-  auto structure = std::make_shared<Structure>();
-  Structure& s = *structure;
+Structure compile(const Plan& plan, const uint32_t* words, int64_t words_row, Kind kind, int64_t vectors) {
+  Structure s;
   s.kept = count_bits(plan, words, words_row);
   // One row at a time reads an input for every multiply-add, but has a long loop where 15 have two or three inputs each.
   const bool single = kind != Kind::kBlocks && plan.taps > 1 && s.kept * 100 < plan.groups * plan.group_weights() * 15;
@@ -113,13 +111,12 @@ std::shared_ptr<const Structure> compile(const Plan& plan, const uint32_t* words
   }
   s.index.shrink_to_fit();
   s.counts.shrink_to_fit();
-  return structure;
+  return s;
 }
 
 // See Lists. Rows and inputs change places in a scatter.
-std::shared_ptr<const Structure> compile_lists(const Plan& plan, const uint32_t* words, int64_t words_row) {
-  auto structure = std::make_shared<Structure>();
-  Structure& s = *structure;
+Structure compile_lists(const Plan& plan, const uint32_t* words, int64_t words_row) {
+  Structure s;
   // Longer than buckets' tiles: a row's list is short, and is entered once a tile.
   const int64_t pieces = std::max<int64_t>(1, (plan.channels + 511) / 512);
   s.tile_inputs = std::max<int64_t>(1, (plan.channels + pieces - 1) / pieces);
@@ -155,14 +152,18 @@ std::shared_ptr<const Structure> compile_lists(const Plan& plan, const uint32_t*
   }
   s.index.resize(s.index.size() + kListsPadding, 0);
   s.counts.shrink_to_fit();
-  return structure;
+  return s;
 }
 
 using Key = std::vector<int64_t>;
 
-struct Entry {
+struct Compiled {
   std::vector<uint32_t> words;
-  std::shared_ptr<const Structure> structure;
+  Structure structure;
+};
+
+struct Entry {
+  std::shared_ptr<const Compiled> compiled;
   int64_t bytes;
   std::list<Key>::iterator used;
 };
@@ -198,30 +199,36 @@ std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* 
     key.insert(key.end(), {plan.stride[0], plan.stride[1], plan.dilation[0], plan.dilation[1]});
   else if (plan.scatter)
     key.insert(key.end(), {plan.stride[0], plan.stride[1]});
+  const auto structure = [](const std::shared_ptr<const Compiled>& compiled) {
+    return std::shared_ptr<const Structure>(compiled, &compiled->structure);
+  };
+  // Bits are compared and compiled without the lock, so that threads do so side by side.
   Cache& c = cache();
   std::unique_lock<std::mutex> lock(c.mutex);
-  auto found = c.entries.find(key);
-  if (found != c.entries.end()) {
-    Entry& entry = found->second;
-    if (length == 0 || std::memcmp(entry.words.data(), words, length * sizeof(uint32_t)) == 0) {
-      c.order.splice(c.order.end(), c.order, entry.used);
-      return entry.structure;
-    }
-    c.drop(found);
+  if (const auto found = c.entries.find(key); found != c.entries.end()) {
+    c.order.splice(c.order.end(), c.order, found->second.used);
+    const auto known = found->second.compiled;
+    lock.unlock();
+    if (length == 0 || std::memcmp(known->words.data(), words, length * sizeof(uint32_t)) == 0) return structure(known);
+    lock.lock();
+    if (const auto still = c.entries.find(key); still != c.entries.end() && still->second.compiled == known) c.drop(still);
   }
   lock.unlock();
-  std::vector<uint32_t> copy(words, words + length);  // compiled from the copy: a writer meanwhile is its own problem
-  auto structure = kind == Kind::kLists ? compile_lists(plan, copy.data(), words_row)
-                                        : compile(plan, words ? copy.data() : nullptr, words_row, kind, vectors);
-  const int64_t bytes = int64_t(copy.size() * 4 + structure->counts.size() * 4 + structure->index.size() * 2 +
-                                structure->parts.size() * sizeof(Structure::Part) + 256);
+  auto compiled = std::make_shared<Compiled>();
+  compiled->words.assign(words, words + length);  // compiled from the copy: a writer meanwhile is its own problem
+  const uint32_t* const copy = words ? compiled->words.data() : nullptr;
+  compiled->structure =
+      kind == Kind::kLists ? compile_lists(plan, copy, words_row) : compile(plan, copy, words_row, kind, vectors);
+  const Structure& s = compiled->structure;
+  const int64_t bytes = int64_t(length * 4 + s.counts.size() * 4 + s.index.size() * 2 +
+                                s.parts.size() * sizeof(Structure::Part) + 256);
   lock.lock();
-  if (bytes > c.limit || c.entries.count(key)) return structure;
+  if (bytes > c.limit || c.entries.count(key)) return structure(compiled);
   while (c.bytes + bytes > c.limit && !c.order.empty()) c.drop(c.entries.find(c.order.front()));
   c.order.push_back(key);
-  c.entries.emplace(key, Entry{std::move(copy), structure, bytes, std::prev(c.order.end())});
+  c.entries.emplace(key, Entry{compiled, bytes, std::prev(c.order.end())});
   c.bytes += bytes;
-  return structure;
+  return structure(compiled);
 }
 
 double density(const uint32_t* words, int64_t length, int64_t bits) {

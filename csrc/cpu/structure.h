@@ -55,6 +55,16 @@ constexpr int64_t kManyVectors = 6;  // of columns: as many as a kernel takes at
 std::shared_ptr<const Structure> structure_of(const Plan& plan, const uint32_t* words, int64_t words_row,
                                               Kind kind = Kind::kBuckets, int64_t vectors = kManyVectors);
 
+// body(begin, end) for `count` masks of `words` words each, by several threads where the check takes longer than to start
+// them.
+template <class Parallel, class Body>
+void each_mask(const Parallel& parallel, int64_t count, int64_t words, const Body& body) {
+  if (count > 1 && count * words >= (1 << 16))
+    parallel(count, body);
+  else
+    body(0, count);
+}
+
 // Of `length` words, rows of which hold `bits` bits: the share that is kept, estimated from about 4,000 of them.
 double density(const uint32_t* words, int64_t length, int64_t bits);
 

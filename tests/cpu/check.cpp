@@ -162,6 +162,7 @@ std::vector<Case> named() {
       linear("linear, many samples of one mask", 24, 48, {0, 200}, {.5}),
       linear("linear, many samples of a sparse mask", 40, 100, {0, 95, 150}, {.1, .1}),
       linear("linear, tiles of inputs", 20, 600, {0, 30, 60, 90}, {.5, .3, .9}),
+      linear("linear, masks that threads compare side by side", 1024, 1056, {1, 9, 12, 0, 10}, {.5, .1, .3, .05}),
       linear("linear, results past the caches", 1024, 6, {0, 4100}, {.5}),
       linear("linear, one weight", 1, 1, {3, 12, 1}, {1, 0}),
       linear("linear, no masks kept, all kept", 33, 65, {7, 40, 36, 1}, {0, 1, .5}),
